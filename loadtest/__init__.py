@@ -1,0 +1,1 @@
+"""What Baton is measured with; `python -m loadtest --help`."""

@@ -1,0 +1,1 @@
+"""Baton's services and the libraries they share; see README.md for the map."""

@@ -1,0 +1,41 @@
+"""The commands of `baton` and how their errors and interrupts end: one line on stderr, an exit status, never a traceback.
+
+0 done, 1 failed, 2 wrong usage or input, 130 interrupted. Each command has a file of its own.
+"""
+
+import os
+import sys
+
+import typer
+
+from services.cli.generate import generate
+from services.core.errors import BatonError, InvalidRequest
+
+app = typer.Typer(name="baton", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(generate)
+
+
+@app.callback()
+def baton() -> None:
+    """Serves large language models with prefill and decode on separate workers."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except InvalidRequest as error:
+        _fail(error, status=2)
+    except BatonError as error:
+        _fail(error, status=1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of a pipe has left (`| head`); what is still buffered for it must not be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _fail(error: BatonError, *, status: int) -> None:
+    print(f"error: {error.message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,1 @@
+"""Words that every part of Baton shares; standard library only."""

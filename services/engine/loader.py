@@ -1,0 +1,78 @@
+"""From a checkpoint directory to an engine that can run: the one place where all the engine's parts are put together."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from services.core.errors import CheckpointError, InvalidRequest
+from services.engine.core import EngineCore
+from services.engine.model_config import GenerationDefaults, ModelConfig, load_generation_defaults, load_model_config
+from services.engine.model_runner import ModelRunner
+from services.engine.models.decoder import Decoder
+from services.engine.settings import EngineSettings
+from services.engine.weights import WeightReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """An engine core with what its front end must know of the checkpoint."""
+
+    core: EngineCore
+    config: ModelConfig
+    generation: GenerationDefaults
+    dtype: torch.dtype
+
+
+def load_model(directory: Path, settings: EngineSettings) -> LoadedModel:
+    """Loads a checkpoint. Raises CheckpointError for what is wrong with it and InvalidRequest for settings that do not fit it."""
+    settings.validate()
+    if not directory.is_dir():
+        raise CheckpointError("no such checkpoint directory", path=str(directory))
+    torch.set_num_threads(settings.num_threads)
+    config = load_model_config(directory)
+    generation = load_generation_defaults(directory, config)
+    reader = WeightReader(directory)
+    dtype = choose_dtype(settings.dtype, config.dtype)
+    max_model_len = settings.max_model_len or config.context_tokens
+    if max_model_len > config.context_tokens:
+        raise InvalidRequest(
+            "max_model_len", f"{max_model_len} is more than the checkpoint's {config.context_tokens}", limit=config.context_tokens
+        )
+    decoder = Decoder(config, reader, dtype=dtype, max_model_len=max_model_len)
+    block_bytes = decoder.kv_layout(settings.block_size).block_bytes
+    # More blocks than all sequences at full length could fill would never be used, except as prefix cache: twice that is plenty.
+    most_blocks = 2 * settings.max_num_seqs * -(-max_model_len // settings.block_size)
+    num_blocks = min(settings.kv_memory_bytes // block_bytes, most_blocks)
+    if num_blocks < 1:
+        raise InvalidRequest("kv_memory_bytes", f"{settings.kv_memory_bytes} is less than one block", limit=block_bytes)
+    runner = ModelRunner(decoder, block_size=settings.block_size, num_blocks=num_blocks)
+    core = EngineCore(
+        runner,
+        settings,
+        model_fingerprint=reader.fingerprint(),
+        eos_token_ids=generation.eos_token_ids,
+        # A sequence that fills the whole pool can still run, alone; a longer one never could.
+        max_model_len=min(max_model_len, num_blocks * settings.block_size),
+    )
+    core.calibrate()
+    return LoadedModel(core=core, config=config, generation=generation, dtype=dtype)
+
+
+def choose_dtype(requested: str, checkpoint_dtype: str) -> torch.dtype:
+    """The dtype of activations and KV. On the CPU only fp32, and bf16 where the processor has it, are worth computing in."""
+    if requested != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[requested]
+    if checkpoint_dtype == "bfloat16" and _has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _has_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def demo_model_dir() -> Path:
+    """The target model that ships with Baton."""
+    return Path(os.path.dirname(__file__)) / "demo" / "target"

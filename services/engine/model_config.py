@@ -1,0 +1,284 @@
+"""What a checkpoint's config.json says, checked and in our words: one description for every family the decoder can be.
+
+Reads the names of transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5 (rope_parameters, dtype) alike. Whatever would change the
+mathematics and is not understood is refused: a model that runs slightly wrong is worse than one that does not start.
+Knows nothing of weights or devices. Source: the configuration classes of Hugging Face transformers.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.core.errors import CheckpointError
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding; `kind` default, linear, llama3 or yarn, whose parameters are None where the kind has none."""
+
+    kind: str
+    theta: float
+    factor: float = 1.0
+    original_context: int | None = None
+    low_freq_factor: float | None = None  # llama3
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None  # yarn
+    beta_slow: float | None = None
+    attention_factor: float = 1.0  # multiplies cos and sin
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder of the Llama kind. Sizes are counts of elements; `windows` has one entry per layer (None: global attention)."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_tokens: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    windows: tuple[int | None, ...]
+    tie_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """What generation_config.json sets; None where it is silent. Its end tokens win over config.json's."""
+
+    eos_token_ids: tuple[int, ...]
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError when it is missing or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError("no such file", path=str(path)) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"not readable as JSON ({error})", path=str(path)) from None
+    if not isinstance(value, dict):
+        raise CheckpointError("is not a JSON object", path=str(path))
+    return value
+
+
+def load_model_config(directory: Path) -> ModelConfig:
+    """Reads `directory`/config.json. Raises CheckpointError naming the key that is missing, malformed or not supported."""
+    path = directory / "config.json"
+    return parse_model_config(read_json(path), path=str(path))
+
+
+def parse_model_config(raw: Mapping[str, Any], *, path: str) -> ModelConfig:
+    """See load_model_config; `path` is named in errors."""
+    fields = _Fields(raw, path)
+    architectures = raw.get("architectures") or []
+    family = next((ARCHITECTURES[name] for name in architectures if name in ARCHITECTURES), None)
+    if family is None:
+        raise fields.error("architectures", f"{architectures} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if raw.get("quantization_config") is not None:
+        raise fields.error("quantization_config", "quantized checkpoints are not supported yet")
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise fields.error("hidden_act", f"{activation!r} is not supported; supported: 'silu'")
+
+    hidden_size = fields.positive("hidden_size")
+    num_heads = fields.positive("num_attention_heads")
+    num_kv_heads = fields.positive("num_key_value_heads", default=num_heads)
+    if num_heads % num_kv_heads:
+        raise fields.error("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads {num_heads}")
+    head_dim = fields.positive("head_dim", default=128 if family == "qwen3" else hidden_size // num_heads)
+    if head_dim % 2:
+        raise fields.error("head_dim", f"{head_dim} is odd, but rotary embedding needs pairs")
+    context_tokens = fields.positive("max_position_embeddings")
+    num_layers = fields.positive("num_hidden_layers")
+    # Qwen2 has biases on q, k and v only and Mistral has none at all, whatever the key says.
+    attention_bias = fields.flag("attention_bias", default=False) and family in ("llama", "qwen3")
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    if dtype not in DTYPES:
+        raise fields.error("dtype", f"{dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    return ModelConfig(
+        family=family,
+        vocab_size=fields.positive("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.positive("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        context_tokens=context_tokens,
+        rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
+        rope=_rope(fields, context_tokens),
+        windows=_windows(fields, family, num_layers),
+        tie_embeddings=fields.flag("tie_word_embeddings", default=False),
+        qkv_bias=attention_bias or family == "qwen2",
+        output_bias=attention_bias,
+        mlp_bias=fields.flag("mlp_bias", default=False) and family == "llama",
+        qk_norm=family == "qwen3",
+        dtype=dtype,
+        eos_token_ids=fields.token_ids("eos_token_id"),
+    )
+
+
+def load_generation_defaults(directory: Path, config: ModelConfig) -> GenerationDefaults:
+    """Reads `directory`/generation_config.json, which may be missing."""
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return GenerationDefaults(eos_token_ids=config.eos_token_ids)
+    raw = read_json(path)
+    fields = _Fields(raw, str(path))
+    sampled = raw.get("do_sample") is not False  # the sampling keys of a greedy configuration mean nothing
+
+    def optional(key: str) -> float | None:
+        return fields.number(key) if sampled and raw.get(key) is not None else None
+
+    top_k = optional("top_k")
+    return GenerationDefaults(
+        eos_token_ids=fields.token_ids("eos_token_id") or config.eos_token_ids,
+        temperature=optional("temperature") if sampled else 0.0,
+        top_k=None if top_k is None else int(top_k),
+        top_p=optional("top_p"),
+        min_p=optional("min_p"),
+        repetition_penalty=optional("repetition_penalty"),
+    )
+
+
+def _rope(fields: "_Fields", context_tokens: int) -> RopeConfig:
+    raw = fields.raw.get("rope_parameters") or fields.raw.get("rope_scaling") or {}
+    if not isinstance(raw, Mapping):
+        raise fields.error("rope_parameters", "is not an object")
+    inner = _Fields({**raw}, fields.path)
+    theta = inner.number("rope_theta", default=fields.number("rope_theta", default=10_000.0))
+    if inner.number("partial_rotary_factor", default=fields.number("partial_rotary_factor", default=1.0)) != 1.0:
+        raise fields.error("partial_rotary_factor", "only 1.0 is supported")
+    kind = str(raw.get("rope_type") or raw.get("type") or "default")
+    match kind:
+        case "default":
+            return RopeConfig(kind=kind, theta=theta)
+        case "linear":
+            return RopeConfig(kind=kind, theta=theta, factor=inner.number("factor"))
+        case "llama3":
+            return RopeConfig(
+                kind=kind,
+                theta=theta,
+                factor=inner.number("factor"),
+                original_context=inner.positive("original_max_position_embeddings"),
+                low_freq_factor=inner.number("low_freq_factor"),
+                high_freq_factor=inner.number("high_freq_factor"),
+            )
+        case "yarn":
+            factor = inner.number("factor")
+            mscale, mscale_all = raw.get("mscale"), raw.get("mscale_all_dim")
+            if raw.get("attention_factor") is not None:
+                attention_factor = inner.number("attention_factor")
+            elif mscale and mscale_all:
+                attention_factor = _yarn_mscale(factor, float(mscale)) / _yarn_mscale(factor, float(mscale_all))
+            else:
+                attention_factor = _yarn_mscale(factor, 1.0)
+            return RopeConfig(
+                kind=kind,
+                theta=theta,
+                factor=factor,
+                original_context=inner.positive("original_max_position_embeddings", default=context_tokens),
+                beta_fast=inner.number("beta_fast", default=32.0),
+                beta_slow=inner.number("beta_slow", default=1.0),
+                attention_factor=attention_factor,
+                truncate=inner.flag("truncate", default=True),
+            )
+        case _:
+            # "dynamic" and "longrope" make a token's rotation depend on how long its sequence has become: cached blocks would be wrong.
+            raise fields.error("rope_type", f"{kind!r} is not supported; supported: default, linear, llama3, yarn")
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _windows(fields: "_Fields", family: str, num_layers: int) -> tuple[int | None, ...]:
+    default = 4096 if family == "mistral" else None  # what transformers takes when the key is absent; null means none
+    if family == "llama" or fields.raw.get("sliding_window", default) is None:
+        return (None,) * num_layers
+    window = fields.positive("sliding_window", default=default)
+    if family == "mistral":
+        return (window,) * num_layers
+    if not fields.flag("use_sliding_window", default=False):
+        return (None,) * num_layers
+    layer_types = fields.raw.get("layer_types")
+    if layer_types is None:
+        first = fields.positive("max_window_layers", default=28)
+        return tuple(window if layer >= first else None for layer in range(num_layers))
+    if len(layer_types) != num_layers or not {"sliding_attention", "full_attention"}.issuperset(layer_types):
+        raise fields.error("layer_types", f"must name {num_layers} layers of full_attention or sliding_attention")
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+class _Fields:
+    """Typed access to a parsed JSON object; every complaint names the file and the key."""
+
+    def __init__(self, raw: Mapping[str, Any], path: str) -> None:
+        self.raw = raw
+        self.path = path
+
+    def error(self, key: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{key}: {problem}", path=self.path)
+
+    def number(self, key: str, *, default: float | None = None) -> float:
+        value = self.raw.get(key)
+        if value is None:
+            if default is None:
+                raise self.error(key, "is missing")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.error(key, f"{value!r} is not a number")
+        return float(value)
+
+    def positive(self, key: str, *, default: int | None = None) -> int:
+        value = self.raw.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise self.error(key, "is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(key, f"{value!r} is not a positive integer")
+        return value
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(key, f"{value!r} is not true or false")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.raw.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(isinstance(token_id, bool) or not isinstance(token_id, int) for token_id in ids):
+            raise self.error(key, f"{value!r} is not a token id or a list of them")
+        return tuple(ids)

@@ -1,0 +1,32 @@
+"""Computes steps: a decoder, its KV pool and the sampler behind one call. The only part of the engine that touches tensors.
+
+Knows nothing of queues; what it is given (a StepBatch and SampleRows) is plain data.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from services.engine.batch import StepBatch
+from services.engine.models.decoder import Decoder
+from services.engine.sampler import SampledToken, SampleRow, sample
+
+
+class ModelRunner:
+    """Owns the pool's memory. `model_s` is the time spent inside the decoder, for the books on overhead."""
+
+    def __init__(self, decoder: Decoder, *, block_size: int, num_blocks: int) -> None:
+        self.decoder = decoder
+        self.layout = decoder.kv_layout(block_size)
+        self.num_blocks = num_blocks
+        self.pool = self.layout.allocate(num_blocks, torch.device("cpu"))
+        self.model_s = 0.0
+
+    @torch.inference_mode()
+    def execute(self, batch: StepBatch, rows: Sequence[SampleRow]) -> list[SampledToken]:
+        """Computes one step and chooses a token for each row."""
+        started = time.perf_counter()
+        logits = self.decoder.forward(batch, self.pool, self.layout)
+        self.model_s += time.perf_counter() - started
+        return sample(logits, rows) if rows else []

@@ -1,0 +1,1 @@
+"""Model definitions, assembled from a checkpoint's config.json."""

@@ -1,0 +1,145 @@
+"""The one decoder: Llama 2 and 3.x, Mistral, Qwen2 and Qwen3 are settings of it (model_config says which).
+
+Pre-norm transformer with grouped-query attention, rotary positions and SwiGLU, over a paged KV pool. Knows nothing of scheduling or
+sampling: a StepBatch and a pool go in, logits come out. Source: the modeling files of Hugging Face transformers, to which tests hold it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import kernels
+from kernels import AttentionPlan, KVLayout, Linear
+from services.engine.batch import StepBatch
+from services.engine.model_config import ModelConfig
+from services.engine.rope import rope_tables
+from services.engine.weights import WeightReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """Weights of one layer; q, k and v are one product, gate and up another."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    output: Linear
+    post_attention_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """A model ready to compute. Activations, keys and values have `dtype`; logits are fp32."""
+
+    def __init__(self, config: ModelConfig, reader: WeightReader, *, dtype: torch.dtype, max_model_len: int) -> None:
+        """Takes every tensor of the checkpoint. Raises CheckpointError when one is missing, misshapen or left over."""
+        self.config = config
+        self.dtype = dtype
+        self.cos, self.sin = rope_tables(config.rope, config.head_dim, max_model_len, dtype)
+        self.embedding = reader.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        self.layers = [_read_layer(config, reader, index, dtype) for index in range(config.num_layers)]
+        self.norm = reader.read("model.norm.weight", (config.hidden_size,)).to(dtype)
+        if config.tie_embeddings:
+            reader.skip("lm_head.weight")  # some checkpoints store the tied copy as well
+            self.lm_head = Linear(self.embedding, dtype=dtype)
+        else:
+            self.lm_head = Linear(reader.read("lm_head.weight", (config.vocab_size, config.hidden_size)), dtype=dtype)
+        reader.finish()
+
+    def kv_layout(self, block_size: int) -> KVLayout:
+        """How this model's KV blocks look."""
+        return KVLayout(
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.num_kv_heads,
+            block_size=block_size,
+            head_dim=self.config.head_dim,
+            dtype=self.dtype,
+        )
+
+    def forward(self, batch: StepBatch, pool: torch.Tensor, layout: KVLayout) -> torch.Tensor:
+        """Computes the batch's tokens, stores their K and V in `pool`, returns fp32 logits [R, vocab_size] of its logit rows."""
+        config = self.config
+        plans = {
+            window: kernels.plan_attention(
+                block_tables=batch.block_tables,
+                query_lens=batch.query_lens,
+                context_lens=batch.context_lens,
+                layout=layout,
+                window=window,
+            )
+            for window in set(config.windows)
+        }
+        positions = torch.from_numpy(batch.positions)
+        cos, sin = self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+        cells = kernels.kv_cells(torch.from_numpy(batch.slots), layout)
+        logit_rows = torch.from_numpy(batch.logit_rows)
+        hidden = self.embedding.index_select(0, torch.from_numpy(batch.token_ids)).to(self.dtype)
+        for index, layer in enumerate(self.layers):
+            normed = kernels.rms_norm(hidden, layer.input_norm, config.rms_norm_eps)
+            attended = self._attention(index, layer, normed, cos, sin, cells, pool, plans[config.windows[index]])
+            if index == config.num_layers - 1 and len(logit_rows) < len(attended):
+                # Past the last layer's keys and values, only the rows that will be sampled matter.
+                if not len(logit_rows):
+                    return torch.empty(0, config.vocab_size)
+                attended, hidden = attended.index_select(0, logit_rows), hidden.index_select(0, logit_rows)
+                logit_rows = torch.arange(len(logit_rows))
+            hidden += layer.output(attended)
+            normed = kernels.rms_norm(hidden, layer.post_attention_norm, config.rms_norm_eps)
+            hidden += layer.down(kernels.silu_and_mul(layer.gate_up(normed)))
+        normed = kernels.rms_norm(hidden.index_select(0, logit_rows), self.norm, config.rms_norm_eps)
+        return self.lm_head(normed).float()
+
+    def _attention(
+        self,
+        index: int,
+        layer: Layer,
+        normed: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cells: torch.Tensor,
+        pool: torch.Tensor,
+        plan: AttentionPlan,
+    ) -> torch.Tensor:
+        config = self.config
+        num_tokens, query_heads = len(normed), config.num_heads
+        rotated_heads = query_heads + config.num_kv_heads
+        heads = layer.qkv(normed).view(num_tokens, rotated_heads + config.num_kv_heads, config.head_dim)  # [T, q | k | v, D]
+        rotated = heads[:, :rotated_heads]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query = kernels.rms_norm(rotated[:, :query_heads], layer.query_norm, config.rms_norm_eps)
+            key = kernels.rms_norm(rotated[:, query_heads:], layer.key_norm, config.rms_norm_eps)
+            rotated = torch.cat((query, key), dim=1)
+        rotated = kernels.apply_rope(rotated, cos, sin)
+        kernels.write_kv(pool, index, rotated[:, query_heads:], heads[:, rotated_heads:], cells)
+        attended = kernels.paged_attention(rotated[:, :query_heads], pool, index, plan, scale=config.head_dim**-0.5)
+        return attended.view(num_tokens, -1)
+
+
+def _read_layer(config: ModelConfig, reader: WeightReader, index: int, dtype: torch.dtype) -> Layer:
+    prefix = f"model.layers.{index}"
+    hidden_size, head_dim = config.hidden_size, config.head_dim
+    query_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+
+    def linear(module: str, parts: dict[str, int], in_features: int, *, bias: bool) -> Linear:
+        """Several projections of the same input as one product."""
+        weights = [reader.read(f"{prefix}.{module}.{name}.weight", (size, in_features)) for name, size in parts.items()]
+        biases = [reader.read(f"{prefix}.{module}.{name}.bias", (size,)) for name, size in parts.items()] if bias else []
+        return Linear(torch.cat(weights), torch.cat(biases) if bias else None, dtype=dtype)
+
+    def norm(name: str, size: int) -> torch.Tensor:
+        return reader.read(f"{prefix}.{name}.weight", (size,)).to(dtype)
+
+    return Layer(
+        input_norm=norm("input_layernorm", hidden_size),
+        qkv=linear("self_attn", {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}, hidden_size, bias=config.qkv_bias),
+        query_norm=norm("self_attn.q_norm", head_dim) if config.qk_norm else None,
+        key_norm=norm("self_attn.k_norm", head_dim) if config.qk_norm else None,
+        output=linear("self_attn", {"o_proj": hidden_size}, query_size, bias=config.output_bias),
+        post_attention_norm=norm("post_attention_layernorm", hidden_size),
+        gate_up=linear(
+            "mlp", {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}, hidden_size, bias=config.mlp_bias
+        ),
+        down=linear("mlp", {"down_proj": hidden_size}, config.intermediate_size, bias=config.mlp_bias),
+    )

@@ -1,0 +1,63 @@
+"""A sequence: one choice of one request while the engine works on it. State only; the scheduler moves it."""
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+
+from services.core.prefix_hash import ROOT, chain_hashes, pack_tokens
+from services.core.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """What is submitted to an engine. `prefix_key` decides with whom its KV blocks may be shared (core/prefix_hash)."""
+
+    request_id: str
+    prompt_token_ids: Tokens[int]
+    sampling: SamplingParams
+    prefix_key: bytes | None = None  # None: the engine's own, for the model without a tenant
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """One choice: its tokens, how many of them have keys and values, and the blocks that hold those.
+
+    order           (arrival of the request, choice): who is served first and preempted last
+    tokens          prompt and output; tokens[:num_computed] have K and V in block_ids
+    block_hashes    hashes of the full blocks of `tokens`, as far as they have been needed
+    num_sealed      leading blocks whose content is published in the pool
+    stop_ids        tokens that end the sequence
+    """
+
+    request_id: str
+    choice: int
+    order: tuple[int, int]
+    tokens: list[int]
+    prompt_length: int
+    max_tokens: int
+    sampling: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]
+    prefix_key: bytes
+    num_computed: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_sealed: int = 0
+    cached_tokens: int | None = None  # None until first admitted
+    aborted: bool = False
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    def hash_full_blocks(self, block_size: int) -> list[bytes]:
+        """Hashes of all full blocks of `tokens`; each is computed once."""
+        known = len(self.block_hashes)
+        if (known + 1) * block_size <= len(self.tokens):
+            parent = self.block_hashes[-1] if known else ROOT
+            packed = pack_tokens(self.tokens[known * block_size :])
+            self.block_hashes.extend(chain_hashes(self.prefix_key, packed, block_size, parent=parent))
+        return self.block_hashes
