@@ -59,6 +59,10 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def has_filters(self) -> bool:
+        return self.top_k != 0 or self.top_p != 1.0 or self.min_p != 0.0
+
+    @property
     def has_penalties(self) -> bool:
         return self.frequency_penalty != 0.0 or self.presence_penalty != 0.0 or self.repetition_penalty != 1.0
 

@@ -1,0 +1,1 @@
+"""The engine: one model, many requests, one process."""

@@ -95,15 +95,17 @@ def _adjust(scores: torch.Tensor, row: SampleRow) -> None:
 def _draw(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     """[R] tokens drawn from softmax(filtered scores / temperature) by adding each row's Gumbel noise."""
     temperature = torch.tensor([row.params.temperature for row in rows], dtype=torch.float32, device=scores.device)
-    scaled = filter_logits(scores / temperature[:, None], [row.params for row in rows])
+    scaled = scores / temperature[:, None]
+    filtered = [index for index, row in enumerate(rows) if row.params.has_filters]
+    if filtered:
+        where = torch.tensor(filtered, device=scores.device)
+        scaled[where] = filter_logits(scaled[where], [rows[index].params for index in filtered])
     noise = kernels.gumbel_noise([row.seed for row in rows], [row.position for row in rows], scores.shape[1], scores.device)
     return noise.add_(scaled).argmax(-1)
 
 
 def filter_logits(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """[R, V] logits with everything that min-p, then top-k, then top-p (of what those leave) drop at -inf."""
-    if all(p.top_k == 0 and p.top_p == 1.0 and p.min_p == 0.0 for p in params):
-        return scaled
     vocab_size = scaled.shape[1]
     width = min(vocab_size, NUM_CANDIDATES)
     num_kept, values, resolved = _num_kept(scaled, params, width)

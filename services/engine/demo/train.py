@@ -168,8 +168,13 @@ def draw_windows(streams: list[torch.Tensor], window: int, generator: torch.Gene
     return torch.stack(rows)
 
 
-def train(model: LlamaForCausalLM, teacher: LlamaForCausalLM | None, tokenizer: Tokenizer, corpus: Corpus, out: Path, tokens: int) -> None:
-    """Trains `model` on `tokens` tokens, on the text itself or on the teacher's distribution over it; saves to `out` on the way."""
+def train(
+    model: LlamaForCausalLM, teacher: LlamaForCausalLM | None, tokenizer: Tokenizer, corpus: Corpus, out: Path, tokens: int, hold: float
+) -> None:
+    """Trains `model` on `tokens` tokens, on the text itself or on the teacher's distribution over it; saves to `out` on the way.
+
+    The learning rate warms up, is held for the share `hold` of the steps, and falls linearly to nothing over the rest.
+    """
     generator = torch.Generator().manual_seed(0)
     streams = [encode(tokenizer, corpus.library), encode(tokenizer, corpus.tests)]
     optimizers = optimizers_of(model)
@@ -178,7 +183,7 @@ def train(model: LlamaForCausalLM, teacher: LlamaForCausalLM | None, tokenizer: 
     started, smoothed = time.monotonic(), 0.0
     for step in range(steps):
         progress = step / steps
-        rate = min((step + 1) / 50, (1 - progress) / 0.5, 1.0)  # warm up, hold, fall linearly over the second half
+        rate = min((step + 1) / 50, (1 - progress) / (1 - hold), 1.0)
         for optimizer, base_rate in zip(optimizers, base_rates, strict=True):
             optimizer.param_groups[0]["lr"] = base_rate * rate
         batch = draw_windows(streams, CONTEXT_TOKENS if progress >= LONG_WINDOW_FROM else SHORT_WINDOW_TOKENS, generator)
@@ -245,6 +250,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--target-tokens", type=int, default=7_500_000)
     parser.add_argument("--draft-tokens", type=int, default=3_000_000)
+    parser.add_argument("--hold", type=float, default=0.5, help="share of the steps at the full learning rate")
+    parser.add_argument("--init", type=Path, help="continue the target from this checkpoint instead of starting anew")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -253,14 +260,17 @@ def main() -> None:
     target_dir, draft_dir = arguments.out / "target", arguments.out / "draft"
     if arguments.stage in ("target", "all"):
         tokenizer = train_tokenizer(corpus, target_dir)
-        train(LlamaForCausalLM(target_config()), None, tokenizer, corpus, target_dir, arguments.target_tokens)
+        model = (
+            LlamaForCausalLM.from_pretrained(arguments.init, dtype=torch.float32) if arguments.init else LlamaForCausalLM(target_config())
+        )
+        train(model, None, tokenizer, corpus, target_dir, arguments.target_tokens, arguments.hold)
     tokenizer = Tokenizer.from_file(str(target_dir / "tokenizer.json"))
     target = LlamaForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
     if arguments.stage in ("draft", "all"):
         draft_dir.mkdir(exist_ok=True)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(target_dir / name, draft_dir / name)
-        train(LlamaForCausalLM(draft_config()), target, tokenizer, corpus, draft_dir, arguments.draft_tokens)
+        train(LlamaForCausalLM(draft_config()), target, tokenizer, corpus, draft_dir, arguments.draft_tokens, arguments.hold)
     if arguments.stage in ("evaluate", "all"):
         draft = LlamaForCausalLM.from_pretrained(draft_dir, dtype=torch.float32)
         print(json.dumps(evaluate(target, draft, tokenizer, corpus), indent=2))
