@@ -10,7 +10,10 @@ import sys
 import time
 
 import torch
-import transformers
+
+# Where Baton is installed, its folder `kernels` would be taken for the optional package of that name.
+sys.modules["kernels"] = None  # type: ignore[assignment]
+import transformers  # noqa: E402
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ class Engine:
         """
         stream = self._streams.get(request_id)
         if stream is None:
-            raise UnknownRequest(f"no request {request_id!r} is running here")
+            raise self._stopped or UnknownRequest(f"no request {request_id!r} is running here")
         try:
             while stream.num_unfinished:
                 event = await stream.events.get()

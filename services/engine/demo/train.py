@@ -27,9 +27,8 @@ VOCAB_SIZE = 4096
 CONTEXT_TOKENS = 4096
 END_OF_TEXT = "<|endoftext|>"
 TOKENS_PER_STEP = 4096
-# Most steps see short windows; the last ones see whole contexts, so that late positions are trained too.
-SHORT_WINDOW_TOKENS = 512
-LONG_WINDOW_FROM = 0.9
+# Drawn for each step. Whole contexts must come at every learning rate: positions that were never trained do not extrapolate.
+WINDOW_TOKENS = (512, 512, 512, 1024, 2048, 4096)
 LIBRARY_SHARE = 0.65  # of the windows; the rest come from the library's tests, which are two thirds of the bytes
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "pydoc_data", "idlelib", "lib2to3", "encodings"}
 
@@ -169,11 +168,18 @@ def draw_windows(streams: list[torch.Tensor], window: int, generator: torch.Gene
 
 
 def train(
-    model: LlamaForCausalLM, teacher: LlamaForCausalLM | None, tokenizer: Tokenizer, corpus: Corpus, out: Path, tokens: int, hold: float
+    model: LlamaForCausalLM,
+    teacher: LlamaForCausalLM | None,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    out: Path,
+    tokens: int,
+    peak: float,
+    hold: float,
 ) -> None:
     """Trains `model` on `tokens` tokens, on the text itself or on the teacher's distribution over it; saves to `out` on the way.
 
-    The learning rate warms up, is held for the share `hold` of the steps, and falls linearly to nothing over the rest.
+    The learning rate warms up to `peak` of the full one, stays for the share `hold` of the steps, and falls linearly to nothing.
     """
     generator = torch.Generator().manual_seed(0)
     streams = [encode(tokenizer, corpus.library), encode(tokenizer, corpus.tests)]
@@ -183,10 +189,11 @@ def train(
     started, smoothed = time.monotonic(), 0.0
     for step in range(steps):
         progress = step / steps
-        rate = min((step + 1) / 50, (1 - progress) / (1 - hold), 1.0)
+        rate = peak * min((step + 1) / 50, (1 - progress) / (1 - hold), 1.0)
         for optimizer, base_rate in zip(optimizers, base_rates, strict=True):
             optimizer.param_groups[0]["lr"] = base_rate * rate
-        batch = draw_windows(streams, CONTEXT_TOKENS if progress >= LONG_WINDOW_FROM else SHORT_WINDOW_TOKENS, generator)
+        window = WINDOW_TOKENS[int(torch.randint(len(WINDOW_TOKENS), (1,), generator=generator))]
+        batch = draw_windows(streams, window, generator)
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits.flatten(0, 1)
         if teacher is None:
             loss = F.cross_entropy(logits, batch[:, 1:].flatten())
@@ -250,7 +257,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--target-tokens", type=int, default=7_500_000)
     parser.add_argument("--draft-tokens", type=int, default=3_000_000)
-    parser.add_argument("--hold", type=float, default=0.5, help="share of the steps at the full learning rate")
+    parser.add_argument("--peak", type=float, default=1.0, help="highest learning rate, as a share of the full one")
+    parser.add_argument("--hold", type=float, default=0.5, help="share of the steps at that rate")
     parser.add_argument("--init", type=Path, help="continue the target from this checkpoint instead of starting anew")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -263,14 +271,14 @@ def main() -> None:
         model = (
             LlamaForCausalLM.from_pretrained(arguments.init, dtype=torch.float32) if arguments.init else LlamaForCausalLM(target_config())
         )
-        train(model, None, tokenizer, corpus, target_dir, arguments.target_tokens, arguments.hold)
+        train(model, None, tokenizer, corpus, target_dir, arguments.target_tokens, arguments.peak, arguments.hold)
     tokenizer = Tokenizer.from_file(str(target_dir / "tokenizer.json"))
     target = LlamaForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
     if arguments.stage in ("draft", "all"):
         draft_dir.mkdir(exist_ok=True)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(target_dir / name, draft_dir / name)
-        train(LlamaForCausalLM(draft_config()), target, tokenizer, corpus, draft_dir, arguments.draft_tokens, arguments.hold)
+        train(LlamaForCausalLM(draft_config()), target, tokenizer, corpus, draft_dir, arguments.draft_tokens, 1.0, 0.5)
     if arguments.stage in ("evaluate", "all"):
         draft = LlamaForCausalLM.from_pretrained(draft_dir, dtype=torch.float32)
         print(json.dumps(evaluate(target, draft, tokenizer, corpus), indent=2))

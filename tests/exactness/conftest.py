@@ -1,0 +1,64 @@
+"""Workloads with what each of their requests gives alone; the end of a run says how many comparisons stopped at a near tie."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.core.types import SamplingParams
+from services.engine.model_config import load_model_config
+from services.engine.models.decoder import Decoder
+from services.engine.weights import WeightReader
+from tests.checkpoints import FAMILIES, make_checkpoints
+from tests.exactness.workloads import GREEDY, MAX_MODEL_LEN, SAMPLED, Workload, make_requests, run_alone
+
+# Name → (checkpoint, number of requests, kinds of sampling, shortest prompt). Mistral's prompts are longer than its window of 50.
+WORKLOADS: dict[str, tuple[str, int, tuple[SamplingParams, ...], int]] = {
+    "greedy": ("llama3", 100, GREEDY, 1),
+    "sampled": ("llama3", 100, SAMPLED, 1),
+    "window": ("mistral", 16, (GREEDY[0], *SAMPLED), 60),
+    "bf16": ("llama3_bf16", 16, (GREEDY[1], *SAMPLED), 1),
+}
+NEAR_TIES = "near ties"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoints(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def load_workload(checkpoints: Path, _one_thread: None) -> Callable[[str], Workload]:
+    """A workload of WORKLOADS by name. Computes in fp32, whatever the processor would choose: law 3 is held to identity there."""
+    loaded: dict[str, Workload] = {}
+
+    def load(name: str) -> Workload:
+        if name not in loaded:
+            checkpoint, num_requests, kinds, shortest = WORKLOADS[name]
+            directory = checkpoints / checkpoint
+            decoder = Decoder(load_model_config(directory), WeightReader(directory), dtype=torch.float32, max_model_len=MAX_MODEL_LEN)
+            requests = make_requests(
+                vocab_size=int(FAMILIES[checkpoint][1]["vocab_size"]), num_requests=num_requests, kinds=kinds, seed=1, shortest=shortest
+            )
+            loaded[name] = Workload(decoder=decoder, requests=requests, baseline=run_alone(decoder, requests))
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture(scope="session", params=WORKLOADS)
+def workload(request: pytest.FixtureRequest, load_workload: Callable[[str], Workload]) -> Workload:
+    return load_workload(request.param)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            if name == NEAR_TIES:
+                terminalreporter.write_line(f"exactness: {value}")

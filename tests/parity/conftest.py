@@ -1,0 +1,36 @@
+"""The checkpoints of tests/checkpoints.py, loaded once each."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.engine.model_config import load_model_config
+from services.engine.models.decoder import Decoder
+from services.engine.weights import WeightReader
+from tests.checkpoints import CONTEXT_TOKENS, make_checkpoints
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoints(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def load_decoder(checkpoints: Path) -> Callable[[str], Decoder]:
+    """A checkpoint of FAMILIES by name, in fp32."""
+    loaded: dict[str, Decoder] = {}
+
+    def load(name: str) -> Decoder:
+        if name not in loaded:
+            config = load_model_config(checkpoints / name)
+            loaded[name] = Decoder(config, WeightReader(checkpoints / name), dtype=torch.float32, max_model_len=CONTEXT_TOKENS)
+        return loaded[name]
+
+    return load
