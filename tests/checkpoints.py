@@ -9,6 +9,7 @@ import importlib
 import os
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,17 +147,19 @@ def _generate(folder: Path) -> None:
 def _make_checkpoint(transformers: Any, folder: Path, name: str) -> None:
     import torch
 
-    torch.manual_seed(list(FAMILIES).index(name))
+    torch.manual_seed(list(FAMILIES).index(name))  # of the prompts
     prefix, settings = FAMILIES[name]
     config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **settings}, attn_implementation="eager")
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     for parameter_name, parameter in model.named_parameters():
+        # A seed of its own for each weight: they stay what they are when a release of transformers orders them differently.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{parameter_name}".encode()))
         if "norm" in parameter_name:
-            parameter.normal_(1.0, 0.3)
+            parameter.normal_(1.0, 0.3, generator=generator)
         else:
-            parameter.normal_(0.0, 0.1 if "bias" in parameter_name else 0.12)
+            parameter.normal_(0.0, 0.1 if "bias" in parameter_name else 0.12, generator=generator)
     # Logits that spread: flat ones would hide errors, and their best two would often nearly tie.
-    (model.model.norm if config.tie_word_embeddings else model.lm_head).weight.mul_(8.0)
+    (model.model.norm if config.tie_word_embeddings else model.lm_head).weight.mul_(4.0)
     if settings.get("dtype") == "bfloat16":
         # The reference for bf16 weights is their fp32 product, with rotary tables in fp32.
         for parameter in model.parameters():

@@ -11,6 +11,8 @@ from services.core.noise import MAX_SEED
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
+# Divided by less than this, fp32 logits overflow before they differ from greedy.
+GREEDY_BELOW = 1e-5
 
 
 class FinishReason(enum.Enum):
@@ -56,7 +58,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_BELOW
 
     @property
     def has_filters(self) -> bool:

@@ -63,9 +63,10 @@ class EngineCore:
     ) -> None:
         self._runner = runner
         self._settings = settings
-        self._eos_token_ids = frozenset(eos_token_ids)
         self._clock = clock
         self.vocab_size = runner.decoder.config.vocab_size
+        # Some checkpoints name ids that they cannot produce.
+        self._eos_token_ids = frozenset(token_id for token_id in eos_token_ids if 0 <= token_id < self.vocab_size)
         self.pool = BlockPool(runner.num_blocks)
         self.max_model_len = max_model_len
         self.prefix_key = prefix_key(model_fingerprint=model_fingerprint)

@@ -12,11 +12,11 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Self
 
 from services.core.errors import EngineStopped, InvalidRequest, QueueFull, UnknownRequest
-from services.core.types import TokenEvent
+from services.core.types import FinishReason, TokenEvent
 from services.engine.core import EngineCore, EngineStats
 from services.engine.sequence import EngineRequest
 
@@ -28,7 +28,7 @@ class _Stream:
 
     def __init__(self, num_choices: int) -> None:
         self.events: asyncio.Queue[TokenEvent | EngineStopped] = asyncio.Queue()
-        self.num_unfinished = num_choices
+        self.unfinished = set(range(num_choices))  # choices whose end has not been put into `events`
 
 
 class Engine:
@@ -39,6 +39,8 @@ class Engine:
         self._max_num_requests = max_num_requests
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: stop
         self._streams: dict[str, _Stream] = {}
+        # Ids of aborted requests that the running step may still compute for: nobody else may have them yet.
+        self._aborting: set[str] = set()
         self._stopped: EngineStopped | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -49,8 +51,10 @@ class Engine:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
-        self._end_streams(EngineStopped("the engine is closed"))
+        try:
+            await asyncio.to_thread(self._thread.join)
+        finally:
+            self._end_streams(EngineStopped("the engine is closed"))
 
     @property
     def max_model_len(self) -> int:
@@ -68,14 +72,14 @@ class Engine:
         if self._stopped:
             raise self._stopped
         self._core.validate(request)
-        if request.request_id in self._streams:
+        if request.request_id in self._streams or request.request_id in self._aborting:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use")
         if len(self._streams) >= self._max_num_requests:
             raise QueueFull(f"{len(self._streams)} requests are running or waiting, which is the limit")
         self._streams[request.request_id] = _Stream(request.sampling.n)
         self._inbox.put(lambda: self._core.add(request))
 
-    async def stream(self, request_id: str) -> AsyncIterator[TokenEvent]:
+    async def stream(self, request_id: str) -> AsyncGenerator[TokenEvent, None]:
         """The request's events until all its choices have ended; to be read once. Leaving early aborts the request.
 
         Raises UnknownRequest, and EngineStopped when the engine ends first.
@@ -84,22 +88,48 @@ class Engine:
         if stream is None:
             raise self._stopped or UnknownRequest(f"no request {request_id!r} is running here")
         try:
-            while stream.num_unfinished:
+            while stream.unfinished or not stream.events.empty():
                 event = await stream.events.get()
                 if isinstance(event, EngineStopped):
                     raise event
-                stream.num_unfinished -= event.finish_reason is not None
                 yield event
         finally:
-            if stream.num_unfinished:
-                self.abort(request_id)
-            self._streams.pop(request_id, None)
+            self._abort(request_id, stream)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request soon: after the running step its blocks are free and its stream has ended. Unknown ids are ignored."""
-        stream = self._streams.pop(request_id, None)
-        if stream is not None and not self._stopped:
-            self._inbox.put(lambda: self._core.abort(request_id))
+        """Ends a request: its stream ends now, with an ABORT for each open choice, and its blocks are free after the running step.
+
+        Until then the id stays in use. Unknown ids are ignored.
+        """
+        if stream := self._streams.get(request_id):
+            self._abort(request_id, stream)
+
+    def _abort(self, request_id: str, stream: _Stream) -> None:
+        if self._streams.get(request_id) is not stream:
+            return
+        del self._streams[request_id]
+        if not stream.unfinished:
+            return
+        for choice in sorted(stream.unfinished):
+            stream.events.put_nowait(
+                TokenEvent(
+                    request_id=request_id,
+                    choice=choice,
+                    token_id=None,
+                    position=None,
+                    logprobs=None,
+                    finish_reason=FinishReason.ABORT,
+                    cached_tokens=0,
+                )
+            )
+        stream.unfinished.clear()
+        self._aborting.add(request_id)
+
+        def drop() -> None:
+            self._core.abort(request_id)
+            self._loop.call_soon_threadsafe(self._aborting.discard, request_id)
+
+        self._inbox.put(drop)
 
     def stats(self) -> EngineStats:
         """A snapshot; while a step runs some of its counters may be one step apart."""
@@ -134,6 +164,8 @@ class Engine:
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is not None:  # else aborted while the step ran
+                if event.finish_reason is not None:
+                    stream.unfinished.discard(event.choice)
                 stream.events.put_nowait(event)
 
     def _end_streams(self, reason: EngineStopped) -> None:

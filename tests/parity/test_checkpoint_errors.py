@@ -20,7 +20,7 @@ from services.engine.weights import INDEX_NAME, SINGLE_NAME, WeightReader
 from tests.checkpoints import LLAMA3_ROPE, SHARDED, SIZES
 
 CopyCheckpoint = Callable[[str], Path]
-ABSENT = object()
+ABSENT = "(absent)"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -41,7 +41,7 @@ def load(directory: Path) -> EngineCore:
 def edit_json(path: Path, **changes: object) -> None:
     value = json.loads(path.read_text(encoding="utf-8"))
     value.update(changes)
-    path.write_text(json.dumps({key: item for key, item in value.items() if item is not ABSENT}), encoding="utf-8")
+    path.write_text(json.dumps({key: item for key, item in value.items() if item != ABSENT}), encoding="utf-8")
 
 
 def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -347,7 +347,6 @@ def test_calibrate_when_a_block_takes_so_long_begins_with_what_half_a_second_aff
 
 
 @pytest.mark.parametrize("eos_token_id", [VOCAB_SIZE, -1])
-@pytest.mark.xfail(strict=True, reason="end tokens of the checkpoint are not held to the vocabulary: min_tokens indexes beyond the logits")
 def test_step_when_the_checkpoint_s_end_token_is_outside_the_vocabulary_still_holds_back_only_end_tokens(
     make_core: MakeCore, eos_token_id: int
 ) -> None:

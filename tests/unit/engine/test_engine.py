@@ -214,7 +214,6 @@ def test_stream_when_its_task_is_cancelled_aborts_the_request(make_core: MakeCor
     run(main)
 
 
-@pytest.mark.xfail(strict=True, reason="abort() drops the stream without waking its reader, who then waits for ever")
 def test_abort_when_a_reader_waits_ends_its_stream(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
     core = make_core()
 
@@ -261,10 +260,8 @@ def test_abort_when_a_request_runs_frees_its_blocks_before_the_next_step(make_co
     run(main)
 
 
-@pytest.mark.xfail(strict=True, reason="events of the aborted run carry the same id and land in the new request's stream")
-def test_submit_when_an_aborted_id_is_used_again_during_the_step_gives_only_the_new_tokens(
-    make_core: MakeCore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_submit_when_an_aborted_id_is_used_again_waits_for_the_running_step(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the running step makes for the old request must not land in the new one's stream."""
     core = make_core()
 
     async def main() -> None:
@@ -273,9 +270,11 @@ def test_submit_when_an_aborted_id_is_used_again_during_the_step_gives_only_the_
             engine.submit(make_request(max_tokens=5))
             await gate.wait_step()
             engine.abort("r")
-            engine.submit(make_request(prompt=[5] * 3, max_tokens=2))
+            with pytest.raises(InvalidRequest, match="request_id"):
+                engine.submit(make_request(prompt=[5] * 3, max_tokens=2))
             gate.open()
-            events = await read(engine)
+            await generate(engine, make_request("next", max_tokens=5))
+            events = await generate(engine, make_request(prompt=[5] * 3, max_tokens=2))
             assert [event.position for event in events] == [3, 4]
 
     run(main)
