@@ -41,7 +41,14 @@ def generate(
     # Imported only now: torch takes seconds, which `baton --help` and a mistyped option should not.
     from services.cli.local import LocalGeneration, SamplingOptions
 
-    LocalGeneration(model=model, served_model_name=served_model_name, dtype=dtype, max_model_len=max_model_len, num_threads=threads).run(
+    LocalGeneration(
+        model=model,
+        served_model_name=served_model_name,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        num_threads=threads,
+        num_choices=n,
+    ).run(
         text=sys.stdin.read() if prompt == "-" else prompt,
         token_ids=None if token_ids is None else _parse_token_ids(token_ids),
         chat=chat,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.core.noise import draw_seed
-from services.core.types import SamplingParams, TokenEvent
+from services.core.types import MAX_CHOICES, SamplingParams, TokenEvent
 from services.engine.engine import Engine
 from services.engine.loader import LoadedModel, demo_model_dir, load_model
 from services.engine.model_config import GenerationDefaults
@@ -60,10 +60,20 @@ class LocalGeneration:
     """A loaded checkpoint (default: the demo model). Raises CheckpointError and InvalidRequest as the parts do."""
 
     def __init__(
-        self, *, model: Path | None, served_model_name: str | None, dtype: str, max_model_len: int | None, num_threads: int
+        self,
+        *,
+        model: Path | None,
+        served_model_name: str | None,
+        dtype: str,
+        max_model_len: int | None,
+        num_threads: int,
+        num_choices: int,
     ) -> None:
         directory = model or demo_model_dir()
-        settings = EngineSettings(dtype=dtype, max_model_len=max_model_len, num_threads=num_threads)
+        # A pool for one request, not for a server's: its memory is cleared at the start.
+        settings = EngineSettings(
+            dtype=dtype, max_model_len=max_model_len, num_threads=num_threads, max_num_seqs=min(max(num_choices, 1), MAX_CHOICES)
+        )
         self._loaded: LoadedModel = load_model(directory, settings)
         self._tokenizer = Tokenizer.from_checkpoint(directory)
         self._model_name = served_model_name or directory.resolve().name

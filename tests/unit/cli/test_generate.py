@@ -68,9 +68,12 @@ def test_generate_when_the_input_is_bad_says_so_in_one_line(arguments: tuple[str
 
 
 def test_generate_when_interrupted_ends_at_once_with_what_it_made() -> None:
-    with subprocess.Popen(
-        command("--local", "import os", "--max-tokens", "4000", "--ignore-eos"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    arguments = command("--local", "import os", "--max-tokens", "4000", "--ignore-eos")
+
+    def heed_interrupts() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background of a shell ignores them
+
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.read(1)  # the first token is there
