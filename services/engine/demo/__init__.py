@@ -1,1 +1,1 @@
-"""The demo pair: a small target and a tiny draft, trained on Python's standard library by train.py."""
+"""The demo model, trained on Python's standard library by train.py, which also trains a draft for it."""
