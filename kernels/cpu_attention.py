@@ -1,42 +1,38 @@
-"""Paged attention on the CPU, built from PyTorch's flash kernel and log-sum-exp merging.
+"""Paged attention on the CPU: decode as one compiled pass over each sequence's blocks, prefill with PyTorch's flash kernel.
 
-Decode: every KV block is one item of a batched flash call (its sequence's query against its block_size keys), and the blocks of a
-sequence are merged by their log-sum-exps (split-KV with the block as the split). Ragged batches pay for their blocks only, and when
-the blocks lie close together in the pool they are read in place, without gathering. Prefill: one sequence at a time; its cached prefix
-and its own causal chunk are two calls, merged likewise. All of it reads K and V from the pool, as stored.
-Specification: reference.paged_attention. Source of the merge: Dao et al. 2023 (Flash-Decoding); Milakov and Gimelshein 2018.
+Decode is bound by the bytes of the keys and values. The compiled loop reads exactly the visible cells, once, in place, with one running
+softmax per query head, so a sequence's result does not depend on its neighbours in the batch. Prefill is bound by arithmetic: one
+sequence at a time, its cached prefix and its own causal chunk are two flash calls, merged by their log-sum-exps. Both read K and V from
+the pool, as stored. Specification: reference.paged_attention. Source of the running softmax: Milakov and Gimelshein 2018; of the merge:
+Dao et al. 2023 (Flash-Decoding).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from kernels.jit import Array, as_array, exp2, jit, launch, narrow, wide
 from kernels.kv_layout import KVLayout
 
 _flash: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-# Reading a range of the pool in place computes the blocks between ours in vain; beyond this share gathering is cheaper.
-MAX_RANGE_WASTE = 1.5
+_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodePlan:
-    """Work of the leading sequences, which have one new token each: B of them, with S items (blocks) in all.
+    """Work of the leading sequences, which have one new token each.
 
-    pool_range      (first, end) block ids to read in place, or None: gather `block_ids` [S]
-    owner           [S] which sequence an item belongs to
-    bias            [S, 1, 1, N] 0 or -inf: cells beyond the context or outside the window
-    merge_index     [B * M] the item of each sequence's m-th block; `merge_bias` [B, M, 1] is -inf where it has none
+    block_tables    [B, M] int64, rows filled up with anything
+    context_lens    [B] int64
+    first_visible   [B] int64: cells before it lie outside the window
     """
 
-    num_sequences: int
-    pool_range: tuple[int, int] | None
-    block_ids: torch.Tensor
-    owner: torch.Tensor
-    bias: torch.Tensor
-    merge_index: torch.Tensor
-    merge_bias: torch.Tensor
+    block_tables: Array
+    context_lens: Array
+    first_visible: Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +72,7 @@ def plan_attention(
     num_decodes = next((i for i, query_len in enumerate(query_lens) if query_len != 1), len(query_lens))
     decode = None
     if num_decodes:
-        decode = _plan_decode(block_tables[:num_decodes], context_lens[:num_decodes], layout, window)
+        decode = _plan_decode(block_tables[:num_decodes], context_lens[:num_decodes], window)
     prefills = []
     start = num_decodes
     for table, query_len, context_len in zip(block_tables[num_decodes:], query_lens[num_decodes:], context_lens[num_decodes:], strict=True):
@@ -85,41 +81,13 @@ def plan_attention(
     return AttentionPlan(decode=decode, prefills=tuple(prefills))
 
 
-def _plan_decode(block_tables: Sequence[Sequence[int]], context_lens: Sequence[int], layout: KVLayout, window: int | None) -> DecodePlan:
-    block_size = layout.block_size
-    contexts = np.asarray(context_lens)
+def _plan_decode(block_tables: Sequence[Sequence[int]], context_lens: Sequence[int], window: int | None) -> DecodePlan:
+    tables = np.zeros((len(block_tables), max(map(len, block_tables))), dtype=np.int64)
+    for row, table in zip(tables, block_tables, strict=True):
+        row[: len(table)] = table
+    contexts = np.asarray(context_lens, dtype=np.int64)
     first_visible = np.zeros_like(contexts) if window is None else np.maximum(contexts - window, 0)
-    first_block = first_visible // block_size
-    counts = -(-contexts // block_size) - first_block
-    block_ids = np.concatenate(
-        [np.asarray(table[first : first + count]) for table, first, count in zip(block_tables, first_block, counts, strict=True)]
-    )
-    owner = np.repeat(np.arange(len(contexts)), counts)
-    rank = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)  # m: an item's place within its sequence
-    cell = ((first_block[owner] + rank) * block_size)[:, None] + np.arange(block_size)
-    hidden = (cell >= contexts[owner, None]) | (cell < first_visible[owner, None])
-
-    low, end = int(block_ids.min()), int(block_ids.max()) + 1
-    in_place = end - low <= MAX_RANGE_WASTE * len(block_ids) and len(np.unique(block_ids)) == len(block_ids)
-    item = block_ids - low if in_place else np.arange(len(block_ids))
-    num_items = end - low if in_place else len(block_ids)
-    item_owner = np.zeros(num_items, dtype=np.int64)
-    item_owner[item] = owner
-    bias = np.zeros((num_items, block_size), dtype=np.float32)
-    bias[item] = np.where(hidden, -np.inf, 0.0)
-    width = int(counts.max())
-    merge_index = np.zeros((len(contexts), width), dtype=np.int64)
-    merge_index[owner, rank] = item
-    merge_bias = np.where(np.arange(width) < counts[:, None], 0.0, -np.inf).astype(np.float32)
-    return DecodePlan(
-        num_sequences=len(contexts),
-        pool_range=(low, end) if in_place else None,
-        block_ids=torch.from_numpy(block_ids),
-        owner=torch.from_numpy(item_owner),
-        bias=torch.from_numpy(bias)[:, None, None].to(layout.dtype),
-        merge_index=torch.from_numpy(merge_index).flatten(),
-        merge_bias=torch.from_numpy(merge_bias)[..., None],
-    )
+    return DecodePlan(block_tables=tables, context_lens=contexts, first_visible=first_visible)
 
 
 def _plan_prefill(
@@ -146,51 +114,92 @@ def _plan_prefill(
     )
 
 
-def kv_cells(slots: torch.Tensor, layout: KVLayout) -> torch.Tensor:
-    """[T * Hk] rows of layer 0 in the pool's [.., 2 D] view for the cells `slots` [T] (block_id * block_size + offset) of each head."""
-    block, offset = slots // layout.block_size, slots % layout.block_size
-    first_row = block * (layout.num_layers * layout.num_kv_heads * layout.block_size) + offset
-    return (first_row[:, None] + torch.arange(layout.num_kv_heads) * layout.block_size).flatten()
-
-
-def write_kv(pool: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor, cells: torch.Tensor) -> None:
-    """See reference.write_kv; `cells` comes from kv_cells, once per step for all layers."""
-    _, _, heads, block_size, width = pool.shape
-    rows = torch.cat((key, value), dim=-1).view(-1, width).to(pool.dtype)
-    pool.view(-1, width).index_copy_(0, cells + layer * heads * block_size, rows)
-
-
 def paged_attention(query: torch.Tensor, pool: torch.Tensor, layer: int, plan: AttentionPlan, *, scale: float) -> torch.Tensor:
     """See reference.paged_attention; the lists it takes are in the plan."""
     output = torch.empty_like(query)
-    if plan.decode is not None:
-        rows = plan.decode.num_sequences
-        output[:rows] = _decode(query[:rows], pool, layer, plan.decode, scale)
+    decode = plan.decode
+    if decode is not None:
+        launch(
+            _decode,
+            len(decode.context_lens) * pool.shape[2],
+            as_array(query),
+            as_array(pool),
+            layer,
+            decode.block_tables,
+            decode.context_lens,
+            decode.first_visible,
+            scale * _LOG2_E,
+            as_array(output),
+        )
     for prefill in plan.prefills:
         output[prefill.start : prefill.end] = _prefill(query[prefill.start : prefill.end], pool, layer, prefill, scale)
     return output
 
 
-def _decode(query: torch.Tensor, pool: torch.Tensor, layer: int, plan: DecodePlan, scale: float) -> torch.Tensor:
-    num_sequences, num_heads, head_dim = query.shape
-    heads = pool.shape[2]
-    grouped = query.view(num_sequences, heads, num_heads // heads, head_dim).to(pool.dtype)
-    if plan.pool_range is not None:
-        cells = pool[plan.pool_range[0] : plan.pool_range[1], layer]
-    else:
-        cells = pool[:, layer].index_select(0, plan.block_ids)
-    item_query = grouped.index_select(0, plan.owner)
-    item_output, item_lse = _flash(
-        item_query, cells[..., :head_dim], cells[..., head_dim:], attn_mask=plan.bias, scale=scale
-    )  # [S, Hk, G, D], [S, Hk, G]
-    width = plan.merge_bias.shape[1]
-    # The flash kernel lays its output out token-major: [S, G, Hk, D] in memory.
-    flat_output = item_output.transpose(1, 2).reshape(-1, num_heads * head_dim).index_select(0, plan.merge_index)
-    group_major = flat_output.view(num_sequences, width, num_heads // heads, heads, head_dim).float()
-    lse = item_lse.transpose(1, 2).reshape(-1, num_heads).index_select(0, plan.merge_index)
-    weight = (lse.view(num_sequences, width, num_heads) + plan.merge_bias).softmax(1)
-    merged = (group_major * weight.view(num_sequences, width, num_heads // heads, heads, 1)).sum(1)
-    return merged.transpose(1, 2).reshape(num_sequences, num_heads, head_dim)
+@jit
+def _decode(
+    begin: int,
+    end: int,
+    query: Any,
+    pool: Any,
+    layer: int,
+    block_tables: Any,
+    context_lens: Any,
+    first_visible: Any,
+    scale: float,
+    output: Any,
+) -> None:
+    """Items are pairs (sequence, KV head); `scale` is in powers of two."""
+    num_kv_heads, block_size = pool.shape[2], pool.shape[3]
+    head_dim = query.shape[2]
+    group = query.shape[1] // num_kv_heads
+    queries = np.empty((group, head_dim), dtype=np.float32)
+    sums = np.empty((group, head_dim), dtype=np.float32)  # of the values, weighted
+    totals = np.empty(group, dtype=np.float32)  # of the weights
+    highest = np.empty(group, dtype=np.float32)  # score so far; weights are relative to it
+    scores = np.empty(block_size, dtype=np.float32)
+    for item in range(begin, end):
+        sequence, kv_head = divmod(item, num_kv_heads)
+        context, first = context_lens[sequence], first_visible[sequence]
+        for g in range(group):
+            for i in range(head_dim):
+                queries[g, i] = wide(query[sequence, kv_head * group + g, i]) * np.float32(scale)
+        sums[:] = 0
+        totals[:] = 0
+        highest[:] = -np.inf
+        for block in range(first // block_size, (context + block_size - 1) // block_size):
+            start = max(first - block * block_size, 0)
+            count = min(context - block * block_size, block_size) - start
+            cells = pool[block_tables[sequence, block], layer, kv_head, start : start + count]
+            for g in range(group):
+                top = highest[g]
+                for cell in range(count):
+                    score = np.float32(0)
+                    for i in range(head_dim):
+                        score += queries[g, i] * wide(cells[cell, i])
+                    scores[cell] = score
+                    top = max(top, score)
+                total = np.float32(0)
+                for cell in range(count):
+                    weight = exp2(scores[cell] - top)
+                    scores[cell] = weight
+                    total += weight
+                rescale = exp2(highest[g] - top)
+                highest[g] = top
+                totals[g] = totals[g] * rescale + total
+                for i in range(head_dim):
+                    sums[g, i] *= rescale
+                even = count - count % 2
+                for cell in range(0, even, 2):  # two at once: half as many passes over `sums`
+                    weight, next_weight = scores[cell], scores[cell + 1]
+                    for i in range(head_dim):
+                        sums[g, i] += weight * wide(cells[cell, head_dim + i]) + next_weight * wide(cells[cell + 1, head_dim + i])
+                for cell in range(even, count):
+                    for i in range(head_dim):
+                        sums[g, i] += scores[cell] * wide(cells[cell, head_dim + i])
+        for g in range(group):
+            for i in range(head_dim):
+                output[sequence, kv_head * group + g, i] = narrow(sums[g, i] / totals[g], output)
 
 
 def _prefill(query: torch.Tensor, pool: torch.Tensor, layer: int, plan: PrefillPlan, scale: float) -> torch.Tensor:

@@ -17,6 +17,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * weight.float()).to(x.dtype)
 
 
+def add_rms_norm(residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Adds delta to residual, in place and rounded to its dtype, and returns rms_norm of the sum; all [T, H]."""
+    residual.copy_(residual.float() + delta.float())
+    return rms_norm(residual, weight, eps)
+
+
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (i, i + D/2) of every head: x [T, H, D], cos and sin [T, D/2]. Source: Su et al. 2021, in Llama's pairing."""
     first, second = x.float().chunk(2, dim=-1)
@@ -35,6 +41,36 @@ def write_kv(pool: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Ten
     block_size = pool.shape[3]
     for token, slot in enumerate(slots.tolist()):
         pool[slot // block_size, layer, :, slot % block_size] = torch.cat((key[token], value[token]), dim=-1)
+
+
+def rope_and_write_kv(
+    qkv: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    *,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """From one layer's projections to its queries, with its keys and values stored: QK-norm where there is one, rotation, paged write.
+
+    qkv           [T, Hq + 2 Hk, D]: query, key and value heads of each token
+    positions     [T] int64, rows of cos and sin [P, D/2] fp32
+    slots         as in write_kv
+    query_norm    [D] weight of an rms_norm of every query head, and key_norm of every key head
+    Returns the rotated queries [T, Hq, D].
+    """
+    num_kv_heads = pool.shape[2]
+    num_heads = qkv.shape[1] - 2 * num_kv_heads
+    query, key, value = qkv.float().tensor_split([num_heads, num_heads + num_kv_heads], dim=1)
+    if query_norm is not None and key_norm is not None:
+        query, key = rms_norm(query, query_norm, eps), rms_norm(key, key_norm, eps)
+    write_kv(pool, layer, apply_rope(key, cos[positions], sin[positions]), value, slots)
+    return apply_rope(query, cos[positions], sin[positions]).to(qkv.dtype)
 
 
 def paged_attention(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from services.core.errors import InvalidRequest
 from services.core.noise import choice_seed, draw_seed
@@ -144,22 +145,17 @@ class EngineCore:
         return events
 
     def calibrate(self) -> None:
-        """Computes a prompt in the still empty pool, to begin with chunks that keep steps short on this machine."""
-        num_tokens = min(self._settings.block_size, self.max_model_len)
-        positions = np.arange(num_tokens)
-        batch = StepBatch(
-            token_ids=np.zeros(num_tokens, dtype=np.int64),
-            positions=positions,
-            slots=positions,
-            query_lens=[num_tokens],
-            context_lens=[num_tokens],
-            block_tables=[[0]],
-            logit_rows=np.empty(0, dtype=np.int64),
-        )
+        """Computes a prompt and a token in the still empty pool, to begin with chunks that keep steps short on this machine.
+
+        Whatever is compiled or allocated by a first call is so before the first request.
+        """
         assert self.pool.num_free == self.pool.num_blocks
-        self._runner.execute(batch, [])  # the first call allocates and is slower
+        num_tokens = min(self._settings.block_size, self.max_model_len)
+        prompt, token = _trial_batch(np.arange(num_tokens)), _trial_batch(np.arange(num_tokens - 1, num_tokens))
+        for batch in (prompt, token):
+            self._runner.execute(batch, [])
         started = self._clock()
-        self._runner.execute(batch, [])
+        self._runner.execute(prompt, [])
         affordable = int(LONG_STEP_S * num_tokens / max(self._clock() - started, 1e-6))
         self.scheduler.prefill_chunk_tokens = min(max(affordable, self._settings.block_size), self._settings.prefill_chunk_tokens)
 
@@ -262,6 +258,19 @@ class EngineCore:
             scheduler.prefill_chunk_tokens = max(scheduler.prefill_chunk_tokens // 2, min(self._settings.block_size, most))
         elif prefill_tokens and seconds < LONG_STEP_S / 4:
             scheduler.prefill_chunk_tokens = min(scheduler.prefill_chunk_tokens * 2, most)
+
+
+def _trial_batch(positions: npt.NDArray[np.int64]) -> StepBatch:
+    """The given positions of one sequence that owns block 0."""
+    return StepBatch(
+        token_ids=np.zeros_like(positions),
+        positions=positions,
+        slots=positions,
+        query_lens=[len(positions)],
+        context_lens=[int(positions[-1]) + 1],
+        block_tables=[[0]],
+        logit_rows=np.empty(0, dtype=np.int64),
+    )
 
 
 def _further_choice(first: Sequence, choice: int) -> Sequence:

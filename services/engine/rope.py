@@ -10,11 +10,10 @@ import torch
 from services.engine.model_config import RopeConfig
 
 
-def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole-head tables for kernels.apply_rope: cos (c, c) and sin (-s, s), each [num_positions, 1, head_dim]."""
+def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position and pair, each [num_positions, head_dim / 2] fp32, times the attention factor of YaRN."""
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inverse_frequencies(rope, head_dim))
-    cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
-    return torch.cat((cos, cos), dim=-1).to(dtype)[:, None], torch.cat((-sin, sin), dim=-1).to(dtype)[:, None]
+    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""Norm, rotary embedding and SwiGLU against their specification."""
+"""Norm, rotary embedding with the paged write, and SwiGLU against their specification."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -6,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import reference
+from kernels import KVLayout, reference
+from tests.kernels.conftest import SetThreads
 
-DTYPES = [torch.float32, torch.bfloat16]
-# Units in the last place of the larger operands: fp32 sums in another order; bf16 rounds once after each of up to three calls.
-TOLERANCE = {torch.float32: 4 * 2.0**-23, torch.bfloat16: 3 * 2.0**-8}
+# Units in the last place: fp32 sums in another order; a 16-bit result is rounded once, and may fall on the other side of a tie.
+TOLERANCE = {torch.float32: 4 * 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+DTYPES = list(TOLERANCE)
 SEEDS = st.integers(0, 2**31)
 
 
@@ -34,11 +37,16 @@ def test_rms_norm_when_rows_are_any_equals_the_reference(dtype: torch.dtype, see
     check_close(kernels.rms_norm(x, weight, 1e-5), expected, expected.float().abs())
 
 
-def test_rms_norm_of_heads_norms_each_head_by_itself() -> None:
-    x, weight = randn(0, 5, 3, 16, dtype=torch.float32), randn(1, 16, dtype=torch.float32)
-    output = kernels.rms_norm(x, weight, 1e-6)
-    for head in range(3):
-        assert torch.allclose(output[:, head], reference.rms_norm(x[:, head], weight, 1e-6), rtol=1e-6)
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=SEEDS, num_tokens=st.integers(1, 9), width=st.integers(1, 130))
+@settings(deadline=None, max_examples=40)
+def test_add_rms_norm_when_rows_are_any_equals_the_reference(dtype: torch.dtype, seed: int, num_tokens: int, width: int) -> None:
+    residual, delta, weight = (randn(seed + i, *shape, dtype=dtype) for i, shape in enumerate([(num_tokens, width)] * 2 + [(width,)]))
+    expected_residual = residual.clone()
+    expected = reference.add_rms_norm(expected_residual, delta, weight, 1e-5)
+    output = kernels.add_rms_norm(residual, delta, weight, 1e-5)
+    check_close(output, expected, expected.float().abs())
+    assert torch.equal(residual, expected_residual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,32 +54,57 @@ def test_rms_norm_of_zeros_is_zeros(dtype: torch.dtype) -> None:
     assert not kernels.rms_norm(torch.zeros(2, 8, dtype=dtype), torch.ones(8, dtype=dtype), 1e-6).any()
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(seed=SEEDS, num_tokens=st.integers(1, 7), heads=st.integers(1, 5), half_dim=st.integers(1, 65))
+@given(seed=SEEDS, num_tokens=st.integers(1, 7), kv_heads=st.integers(1, 3), group=st.integers(1, 3), half_dim=st.integers(1, 65))
 @settings(deadline=None, max_examples=40)
-def test_apply_rope_when_heads_are_any_equals_the_reference(
-    dtype: torch.dtype, seed: int, num_tokens: int, heads: int, half_dim: int
+def test_rope_and_write_kv_when_heads_are_any_equals_the_reference(
+    dtype: torch.dtype, qk_norm: bool, seed: int, num_tokens: int, kv_heads: int, group: int, half_dim: int
 ) -> None:
-    x = randn(seed, num_tokens, heads, 2 * half_dim, dtype=dtype)
-    angles = randn(seed + 1, num_tokens, half_dim, dtype=torch.float32, scale=3.0)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    whole_cos, whole_sin = torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
-    kept = x.clone()
-    output = kernels.apply_rope(x, whole_cos, whole_sin)
-    first, second = x.float().abs().chunk(2, dim=-1)
-    size = (first + second).repeat(1, 1, 2)
-    check_close(output, reference.apply_rope(x, cos, sin), size)
-    assert torch.equal(x, kept)
+    layout = KVLayout(num_layers=3, num_kv_heads=kv_heads, block_size=16, head_dim=2 * half_dim, dtype=dtype)
+    pool = randn(seed, 5, *layout.block_shape, dtype=dtype)
+    expected_pool = pool.clone()
+    qkv = randn(seed + 1, num_tokens, kv_heads * (group + 2), 2 * half_dim, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    angles = randn(seed + 2, 50, half_dim, dtype=torch.float32, scale=3.0)
+    arguments: dict[str, Any] = {
+        "positions": torch.randint(50, (num_tokens,), generator=generator),
+        "slots": torch.randperm(5 * 16, generator=generator)[:num_tokens],
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "query_norm": randn(seed + 3, 2 * half_dim, dtype=dtype) if qk_norm else None,
+        "key_norm": randn(seed + 4, 2 * half_dim, dtype=dtype) if qk_norm else None,
+        "eps": 1e-6,
+    }
+    kept = qkv.clone()
+    query = kernels.rope_and_write_kv(qkv, pool, 1, **arguments)
+    expected = reference.rope_and_write_kv(qkv, expected_pool, 1, **arguments)
+    check_close(query, expected, max_of_pairs(expected))
+    written = expected_pool[:, 1]
+    check_close(
+        pool[:, 1], written, torch.cat((max_of_pairs(written[..., : 2 * half_dim]), written[..., 2 * half_dim :].float().abs()), -1)
+    )
+    assert torch.equal(pool[:, [0, 2]], expected_pool[:, [0, 2]])
+    assert torch.equal(qkv, kept)
+
+
+def max_of_pairs(rotated: torch.Tensor) -> torch.Tensor:
+    """The length of each rotated pair, which bounds what was rounded on the way to its parts."""
+    first, second = rotated.float().chunk(2, dim=-1)
+    return torch.hypot(first, second).repeat(*[1] * (rotated.ndim - 1), 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_apply_rope_at_angle_zero_changes_nothing_and_a_quarter_turn_swaps_the_halves(dtype: torch.dtype) -> None:
-    x = randn(3, 4, 2, 8, dtype=dtype)
-    ones, zeros = torch.ones(4, 1, 8, dtype=dtype), torch.zeros(4, 1, 8, dtype=dtype)
-    assert torch.equal(kernels.apply_rope(x, ones, zeros), x)
-    signed = torch.cat((-ones[..., :4], ones[..., 4:]), dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    assert torch.equal(kernels.apply_rope(x, zeros, signed), torch.cat((-second, first), dim=-1))
+def test_rope_at_angle_zero_changes_nothing_and_a_quarter_turn_swaps_the_halves(dtype: torch.dtype) -> None:
+    layout = KVLayout(num_layers=1, num_kv_heads=1, block_size=16, head_dim=8, dtype=dtype)
+    pool = layout.allocate(1, torch.device("cpu"))
+    qkv = randn(3, 2, 3, 8, dtype=dtype)
+    tables: dict[str, Any] = {"cos": torch.tensor([[1.0] * 4, [0.0] * 4]), "sin": torch.tensor([[0.0] * 4, [1.0] * 4])}
+    query = kernels.rope_and_write_kv(qkv, pool, 0, positions=torch.tensor([0, 1]), slots=torch.tensor([5, 2]), **tables)
+    turned = torch.cat((-qkv[..., 4:], qkv[..., :4]), dim=-1)
+    assert torch.equal(query[:, 0], torch.stack((qkv[0, 0], turned[1, 0])))
+    assert torch.equal(pool[0, 0, 0, 5], torch.cat((qkv[0, 1], qkv[0, 2])))
+    assert torch.equal(pool[0, 0, 0, 2], torch.cat((turned[1, 1], qkv[1, 2])))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,8 +117,29 @@ def test_silu_and_mul_when_rows_are_any_equals_the_reference(
     kept = gate_up.clone()
     output = kernels.silu_and_mul(gate_up)
     expected = reference.silu_and_mul(gate_up)
-    check_close(output, expected, expected.float().abs())
+    # One rounding of the gate is the gate's size times that in its exponential.
+    check_close(output, expected, expected.float().abs() * (1 + gate_up[:, :width].float().abs()))
     assert torch.equal(gate_up, kept)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "silu_and_mul"])
+def test_a_call_shared_by_threads_gives_the_same_bits(torch_threads: SetThreads, name: str) -> None:
+    x, weight = randn(0, 301, 512, dtype=torch.float32), randn(1, 512, dtype=torch.float32)
+
+    def compute() -> torch.Tensor:
+        return kernels.rms_norm(x, weight, 1e-5) if name == "rms_norm" else kernels.silu_and_mul(x)
+
+    torch_threads(1)
+    alone = compute()
+    torch_threads(3)
+    assert torch.equal(compute(), alone)
+
+
+def test_silu_and_mul_when_gates_are_extreme_saturates_and_keeps_nan() -> None:
+    gate = torch.tensor([-1e30, -200.0, 200.0, 1e30, float("nan")])
+    output = kernels.silu_and_mul(torch.cat((gate, torch.ones(5)))[None])[0]
+    assert output[:4].tolist() == pytest.approx([0.0, 0.0, 200.0, 1e30], rel=1e-6, abs=1e-5)
+    assert output[4].isnan()
 
 
 def test_silu_and_mul_when_gate_and_up_differ_takes_the_gate_from_the_first_half() -> None:

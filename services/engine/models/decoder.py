@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 import kernels
-from kernels import AttentionPlan, KVLayout, Linear
+from kernels import KVLayout, Linear
 from services.engine.batch import StepBatch
 from services.engine.model_config import ModelConfig
 from services.engine.rope import rope_tables
@@ -37,7 +37,7 @@ class Decoder:
         """Takes every tensor of the checkpoint. Raises CheckpointError when one is missing, misshapen or left over."""
         self.config = config
         self.dtype = dtype
-        self.cos, self.sin = rope_tables(config.rope, config.head_dim, max_model_len, dtype)
+        self.cos, self.sin = rope_tables(config.rope, config.head_dim, max_model_len)
         self.embedding = reader.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.layers = [_read_layer(config, reader, index, dtype) for index in range(config.num_layers)]
         self.norm = reader.read("model.norm.weight", (config.hidden_size,)).to(dtype)
@@ -71,50 +71,35 @@ class Decoder:
             )
             for window in set(config.windows)
         }
-        positions = torch.from_numpy(batch.positions)
-        cos, sin = self.cos.index_select(0, positions), self.sin.index_select(0, positions)
-        cells = kernels.kv_cells(torch.from_numpy(batch.slots), layout)
+        positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(batch.slots)
         logit_rows = torch.from_numpy(batch.logit_rows)
         hidden = self.embedding.index_select(0, torch.from_numpy(batch.token_ids)).to(self.dtype)
+        normed = kernels.rms_norm(hidden, self.layers[0].input_norm, config.rms_norm_eps)
+        norms_after = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         for index, layer in enumerate(self.layers):
-            normed = kernels.rms_norm(hidden, layer.input_norm, config.rms_norm_eps)
-            attended = self._attention(index, layer, normed, cos, sin, cells, pool, plans[config.windows[index]])
-            if index == config.num_layers - 1 and len(logit_rows) < len(attended):
-                # Past the last layer's keys and values, only the rows that will be sampled matter.
-                if not len(logit_rows):
-                    return torch.empty(0, config.vocab_size)
+            heads = layer.qkv(normed).view(len(hidden), -1, config.head_dim)
+            query = kernels.rope_and_write_kv(
+                heads,
+                pool,
+                index,
+                positions=positions,
+                slots=slots,
+                cos=self.cos,
+                sin=self.sin,
+                query_norm=layer.query_norm,
+                key_norm=layer.key_norm,
+                eps=config.rms_norm_eps,
+            )
+            if index == config.num_layers - 1 and not len(logit_rows):
+                return torch.empty(0, config.vocab_size)
+            attended = kernels.paged_attention(query, pool, index, plans[config.windows[index]], scale=config.head_dim**-0.5).flatten(1)
+            if index == config.num_layers - 1:
+                # Past the last layer's attention, only the rows that will be sampled matter.
                 attended, hidden = attended.index_select(0, logit_rows), hidden.index_select(0, logit_rows)
-                logit_rows = torch.arange(len(logit_rows))
-            hidden += layer.output(attended)
-            normed = kernels.rms_norm(hidden, layer.post_attention_norm, config.rms_norm_eps)
-            hidden += layer.down(kernels.silu_and_mul(layer.gate_up(normed)))
-        normed = kernels.rms_norm(hidden.index_select(0, logit_rows), self.norm, config.rms_norm_eps)
+            normed = kernels.add_rms_norm(hidden, layer.output(attended), layer.post_attention_norm, config.rms_norm_eps)
+            delta = layer.down(kernels.silu_and_mul(layer.gate_up(normed)))
+            normed = kernels.add_rms_norm(hidden, delta, norms_after[index], config.rms_norm_eps)
         return self.lm_head(normed).float()
-
-    def _attention(
-        self,
-        index: int,
-        layer: Layer,
-        normed: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        cells: torch.Tensor,
-        pool: torch.Tensor,
-        plan: AttentionPlan,
-    ) -> torch.Tensor:
-        config = self.config
-        num_tokens, query_heads = len(normed), config.num_heads
-        rotated_heads = query_heads + config.num_kv_heads
-        heads = layer.qkv(normed).view(num_tokens, rotated_heads + config.num_kv_heads, config.head_dim)  # [T, q | k | v, D]
-        rotated = heads[:, :rotated_heads]
-        if layer.query_norm is not None and layer.key_norm is not None:
-            query = kernels.rms_norm(rotated[:, :query_heads], layer.query_norm, config.rms_norm_eps)
-            key = kernels.rms_norm(rotated[:, query_heads:], layer.key_norm, config.rms_norm_eps)
-            rotated = torch.cat((query, key), dim=1)
-        rotated = kernels.apply_rope(rotated, cos, sin)
-        kernels.write_kv(pool, index, rotated[:, query_heads:], heads[:, rotated_heads:], cells)
-        attended = kernels.paged_attention(rotated[:, :query_heads], pool, index, plan, scale=config.head_dim**-0.5)
-        return attended.view(num_tokens, -1)
 
 
 def _read_layer(config: ModelConfig, reader: WeightReader, index: int, dtype: torch.dtype) -> Layer:

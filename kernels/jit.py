@@ -1,0 +1,143 @@
+"""Numba, as the CPU kernels use it: one set of compiler settings, 16-bit floats as bits, a power of two that vectorizes, threads.
+
+A kernel is a Python function of arrays that Numba compiles on its first call for each kind of element, and keeps on disk. It is given a
+range of work items first, so that several threads can share a call. NumPy has no bfloat16 and Numba's CPU target no float16: tensors of
+these types arrive as uint16 and int16 bits, are read with `wide` and written with `narrow`.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+from numpy.typing import NDArray
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Array = NDArray[Any]
+
+# Sums may be reordered and fused, which vectorizing needs; NaN and infinity keep their meaning.
+_FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
+
+
+def jit(kernel: Function) -> Function:
+    """Compiles `kernel` when it is first called; it releases the interpreter lock while it runs."""
+    settings: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": _FASTMATH}
+    try:
+        return cast(Function, numba.njit(cache=True, **settings)(kernel))
+    except RuntimeError:  # no folder to keep it in: a read-only file system
+        return cast(Function, numba.njit(**settings)(kernel))
+
+
+def inline(function: Function) -> Function:
+    """A function for kernels to call, compiled into each of them."""
+    return cast(Function, numba.njit(inline="always", fastmath=_FASTMATH)(function))
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    """The tensor's memory as a kernel takes it."""
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    elif tensor.dtype == torch.float16:
+        tensor = tensor.view(torch.int16)
+    array: Array = tensor.numpy()
+    return array
+
+
+def launch(kernel: Callable[..., None], num_items: int, *arguments: Any) -> None:
+    """kernel(begin, end, *arguments) over all items, in as many pieces as PyTorch has threads."""
+    num_threads = min(torch.get_num_threads(), num_items)
+    if num_threads <= 1:
+        kernel(0, num_items, *arguments)
+        return
+    bounds = [num_items * i // num_threads for i in range(num_threads + 1)]
+    further = [_threads(num_threads - 1).submit(kernel, *piece, *arguments) for piece in pairwise(bounds[1:])]
+    kernel(0, bounds[1], *arguments)
+    for future in further:
+        future.result()
+
+
+@lru_cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="kernels")
+
+
+def _instruction(build: Callable[[Any, Any], Any], argument: Any, result: Any) -> Any:
+    """A function for kernels that is one LLVM instruction."""
+
+    def typing(context: Any, value: Any) -> Any:
+        def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+            return build(builder, arguments[0])
+
+        return result(argument), generate
+
+    return intrinsic(typing)
+
+
+_float_of_bits = _instruction(lambda builder, bits: builder.bitcast(bits, ir.FloatType()), types.int32, types.float32)
+_bits_of_float = _instruction(lambda builder, value: builder.bitcast(value, ir.IntType(32)), types.float32, types.int32)
+_float_of_half_bits = _instruction(
+    lambda builder, bits: builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType()), types.int16, types.float32
+)
+_half_bits_of_float = _instruction(
+    lambda builder, value: builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16)), types.float32, types.int16
+)
+
+
+def wide(element: Any) -> Any:
+    """An element of a tensor's array as fp32."""
+    raise NotImplementedError("only compiled code calls it")
+
+
+@overload(wide, strict=False)
+def _wide(element: Any) -> Any:
+    if element == types.uint16:
+        return lambda element: _float_of_bits(np.int32(element) << np.int32(16))
+    if element == types.int16:
+        return lambda element: _float_of_half_bits(element)
+    return lambda element: np.float32(element)
+
+
+def narrow(value: Any, like: Any) -> Any:
+    """An fp32 value rounded to the nearest of the array `like` can hold, ties to even."""
+    raise NotImplementedError("only compiled code calls it")
+
+
+@overload(narrow, strict=False)
+def _narrow(value: Any, like: Any) -> Any:
+    if like.dtype == types.uint16:
+        return lambda value, like: _bf16_bits_of_float(value)
+    if like.dtype == types.int16:
+        return lambda value, like: _half_bits_of_float(value)
+    return lambda value, like: value
+
+
+@inline
+def _bf16_bits_of_float(value: Any) -> Any:
+    bits = np.uint32(_bits_of_float(value))
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.uint16(rounded) if value == value else np.uint16(0x7FC0)  # rounding could carry a NaN into a number
+
+
+@inline
+def exp2(x: Any) -> Any:
+    """2**x in fp32 for x within ±126, held to those bounds outside of them: 1 unit in the last place, NaN stays NaN."""
+    x = np.float32(-126) if x < np.float32(-126) else x
+    x = np.float32(126) if x > np.float32(126) else x
+    whole = np.floor(x + np.float32(0.5))
+    f = x - whole  # -1/2 … 1/2, where the exponential series needs eight terms
+    power = np.float32(1.5252734e-5)
+    power = power * f + np.float32(1.5403530e-4)
+    power = power * f + np.float32(1.3333558e-3)
+    power = power * f + np.float32(9.6181291e-3)
+    power = power * f + np.float32(5.5504109e-2)
+    power = power * f + np.float32(2.4022651e-1)
+    power = power * f + np.float32(6.9314718e-1)
+    power = power * f + np.float32(1)
+    return power * _float_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
