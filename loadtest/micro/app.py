@@ -1,5 +1,6 @@
 """The `micro` commands: run, print, and with --check fail when a figure falls short."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,9 +22,15 @@ def micro() -> None:
 
 
 @app.command()
-def engine(as_json: Json = False, check: Check = False, runs: Runs = 5, threads: Threads = 1) -> None:
+def engine(
+    as_json: Json = False,
+    check: Check = False,
+    runs: Runs = 5,
+    threads: Threads = 1,
+    vllm: Annotated[Path | None, typer.Option(help="A Python interpreter that has vLLM: measures beside it as well.")] = None,
+) -> None:
     """The engine in process, beside transformers' generate on the same checkpoint."""
-    figures, conditions = engine_benchmark.measure(runs=runs, num_threads=threads)
+    figures, conditions = engine_benchmark.measure(runs=runs, num_threads=threads, vllm_python=vllm)
     print_figures(figures, conditions, as_json=as_json)
     if check and not all(figure.reached for figure in figures):
         raise typer.Exit(1)

@@ -1,7 +1,7 @@
 """`micro engine`: tokens per second of the engine, whole, and of its decode attention, beside what anybody has without it.
 
-Our side is everything a request passes: submit on the event loop, the engine thread, sampling, events back on the loop. The reference
-computes the same checkpoint in a process of its own, idle while ours runs and the other way round; both sides alternate, and medians count.
+Our side is everything a request passes: submit on the event loop, the engine thread, sampling, events back on the loop. A reference
+computes the same checkpoint in a process of its own, idle while ours runs and the other way round; all sides alternate, and medians count.
 """
 
 import asyncio
@@ -34,28 +34,39 @@ PROMPT_TOKENS = OUTPUT_TOKENS = 128
 PREFILL_TOKENS = 1024
 # 16 requests of 16 … 512 tokens in and out, drawn once.
 RAGGED = [(random.Random(i).randint(16, 512), random.Random(100 + i).randint(16, 512)) for i in range(16)]
+# The checkpoint's own dtype, and the one that processors without bf16 instructions run faster.
+REFERENCE_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+# Targets are over a reference, by its name: at least as fast as vLLM in either dtype.
+AHEAD_OF_VLLM = {"vllm bf16": 1.0, "vllm fp32": 1.0}
 
 
-def measure(*, runs: int, num_threads: int) -> tuple[list[Figure], dict[str, object]]:
-    """All figures of the engine, and the conditions they hold under."""
-    with tempfile.TemporaryDirectory() as scratch:
+def measure(*, runs: int, num_threads: int, vllm_python: Path | None) -> tuple[list[Figure], dict[str, object]]:
+    """All figures of the engine, and the conditions they hold under; beside vLLM too, given an interpreter that has it."""
+    interpreters = {"transformers": Path(sys.executable)} | ({"vllm": vllm_python} if vllm_python else {})
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         directory = Path(scratch)
         checkpoint.make_checkpoint(directory)
+        references = {
+            f"{peer} {short}": stack.enter_context(_reference(interpreter, peer, directory, dtype, num_threads))
+            for peer, interpreter in interpreters.items()
+            for short, dtype in REFERENCE_DTYPES.items()
+        }
         loaded = load_model(directory, EngineSettings(num_threads=num_threads))
-        with _reference(directory, "bfloat16", num_threads) as bf16, _reference(directory, "float32", num_threads) as fp32:
-            bench = _EngineBench(Engine(loaded.core, max_num_requests=64), {"bf16": bf16, "fp32": fp32}, runs)
-            figures = asyncio.run(bench.figures())
-            versions = bf16.versions
+        bench = _EngineBench(Engine(loaded.core, max_num_requests=64), references, runs)
+        figures = asyncio.run(bench.figures())
     figures.append(_attention_figure(runs, loaded.dtype))
     conditions: dict[str, object] = {"threads": num_threads, "dtype": str(loaded.dtype).removeprefix("torch."), "torch": torch.__version__}
-    return figures, conditions | versions
+    for reference in references.values():
+        conditions |= reference.versions
+    return figures, conditions
 
 
 class _Reference:
-    """A running transformers_reference."""
+    """A running {peer}_reference.py."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], peer: str) -> None:
         self._process = process
+        self._peer = peer
         self.versions: dict[str, object] = self._read()
 
     def seconds(self, lens: Sequence[tuple[int, int]]) -> float:
@@ -70,18 +81,18 @@ class _Reference:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("the transformers reference ended; is transformers installed (pip install 'baton[dev]')?")
+            raise RuntimeError(f"the {self._peer} reference ended: is {self._peer} installed where it was looked for?")
         value: dict[str, Any] = json.loads(line)
         return value
 
 
 @contextlib.contextmanager
-def _reference(directory: Path, dtype: str, num_threads: int) -> Iterator[_Reference]:
-    script = Path(__file__).with_name("transformers_reference.py")
-    command = [sys.executable, "-P", str(script), str(directory), dtype, str(num_threads)]
+def _reference(interpreter: Path, peer: str, directory: Path, dtype: str, num_threads: int) -> Iterator[_Reference]:
+    script = Path(__file__).with_name(f"{peer}_reference.py")
+    command = [str(interpreter), "-P", str(script), str(directory), dtype, str(num_threads)]
     with subprocess.Popen(command, cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
-            yield _Reference(process)
+            yield _Reference(process, peer)
         finally:
             process.terminate()
 
@@ -100,11 +111,11 @@ class _EngineBench:
             await self._seconds([uniform])  # warm up
             overheads: list[float] = []
             figures = [
-                *await self._throughput("decode, batch 1", [uniform], target=1.7),
-                *await self._throughput("decode, batch 16", [uniform] * 16, target=2.2, overheads=overheads),
-                *await self._throughput("decode, batch 64", [uniform] * 64, target=None),
-                *await self._throughput("16 ragged requests", RAGGED, target=3.0),
-                *await self._throughput("prefill of 1,024", [(PREFILL_TOKENS, 1)], target=1.0, count_prompt=True),
+                *await self._compare("decode, batch 1", [uniform], {"transformers bf16": 1.7} | AHEAD_OF_VLLM),
+                *await self._compare("decode, batch 16", [uniform] * 16, {"transformers bf16": 2.2} | AHEAD_OF_VLLM, overheads=overheads),
+                *await self._compare("decode, batch 64", [uniform] * 64, AHEAD_OF_VLLM, skipped="transformers bf16"),
+                *await self._compare("16 ragged requests", RAGGED, {"transformers bf16": 3.0}),
+                *await self._compare("prefill of 1,024", [(PREFILL_TOKENS, 1)], {"transformers bf16": 1.0}, count_prompt=True),
             ]
         overhead = Figure(
             name="overhead per step, batch 16",
@@ -117,38 +128,41 @@ class _EngineBench:
         )
         return [*figures, overhead]
 
-    async def _throughput(
+    async def _compare(
         self,
         name: str,
         lens: Sequence[tuple[int, int]],
+        targets: dict[str, float],
         *,
-        target: float | None,
         count_prompt: bool = False,
+        skipped: str | None = None,
         overheads: list[float] | None = None,
     ) -> list[Figure]:
-        """Ours against the reference in the checkpoint's dtype, and against the same in fp32, which some processors run faster."""
+        """Ours against every reference but the `skipped` one (for its time); `targets` has what to reach over whom."""
         num_tokens = sum(prompt if count_prompt else output for prompt, output in lens)
+        references = {name: reference for name, reference in self._references.items() if name != skipped}
         ours: list[float] = []
-        theirs: dict[str, list[float]] = {dtype: [] for dtype in self._references}
+        theirs: dict[str, list[float]] = {name: [] for name in references}
         for _ in range(self._runs):
             before = self._engine.stats()
             seconds = await self._seconds(lens)
             ours.append(num_tokens / seconds)
             if overheads is not None:
                 overheads.append(1 - (self._engine.stats().model_s - before.model_s) / seconds)
-            for dtype, reference in self._references.items():
-                theirs[dtype].append(num_tokens / reference.seconds(lens))
+            for reference_name, reference in references.items():
+                theirs[reference_name].append(num_tokens / reference.seconds(lens))
+        value = statistics.median(ours)
         return [
             Figure(
                 name=name,
-                value=statistics.median(ours),
+                value=value,
                 unit="tokens/s",
                 runs=self._runs,
                 reference=statistics.median(speeds),
-                reference_name=f"transformers {dtype}",
-                target=target if dtype == "bf16" else None,
+                reference_name=reference_name,
+                target=targets.get(reference_name),
             )
-            for dtype, speeds in theirs.items()
+            for reference_name, speeds in theirs.items()
         ]
 
     async def _seconds(self, lens: Sequence[tuple[int, int]]) -> float:
