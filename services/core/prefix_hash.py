@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from hashlib import blake2b
 
 HASH_BYTES = 16
+KEY_BYTES = 32
 TOKEN_BYTES = 4
 ROOT = bytes(HASH_BYTES)  # the parent of a first block
 
 
 def prefix_key(*, model_fingerprint: bytes, salt: bytes = b"") -> bytes:
     """The 32-byte hash key of one model and one tenant; lengths are hashed too, so that no two pairs run together."""
-    digest = blake2b(digest_size=32, person=b"baton.prefix")
+    digest = blake2b(digest_size=KEY_BYTES, person=b"baton.prefix")
     for part in (model_fingerprint, salt):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)

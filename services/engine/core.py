@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from services.core.errors import InvalidRequest
 from services.core.noise import choice_seed, draw_seed
-from services.core.prefix_hash import prefix_key
+from services.core.prefix_hash import KEY_BYTES, prefix_key
 from services.core.types import FinishReason, TokenEvent, check_token_id
 from services.engine.batch import StepBatch
 from services.engine.block_pool import BlockPool
@@ -99,6 +99,8 @@ class EngineCore:
         for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
             check_token_id("prompt", token_id, self.vocab_size)
         request.sampling.validate(vocab_size=self.vocab_size)
+        if request.prefix_key is not None and len(request.prefix_key) != KEY_BYTES:
+            raise InvalidRequest("prefix_key", f"has {len(request.prefix_key)} bytes, not {KEY_BYTES}", limit=KEY_BYTES)
         room = self.max_model_len - prompt_length
         if request.sampling.max_tokens is not None and request.sampling.max_tokens > room:
             raise InvalidRequest(

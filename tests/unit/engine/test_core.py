@@ -225,6 +225,7 @@ def test_abort_when_it_was_the_only_request_leaves_no_work_and_no_owned_block(ma
         ({"temperature": float("nan")}, "temperature", "[0.0, 100.0]"),
         ({"stop_token_ids": (VOCAB_SIZE,)}, "stop_token_ids", VOCAB_SIZE - 1),
         ({"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias", VOCAB_SIZE - 1),
+        ({"prefix_key": b"short"}, "prefix_key", 32),
         ({"max_tokens": 0}, "max_tokens", "[1, ∞)"),
         ({"max_tokens": CONTEXT_TOKENS - 19}, "max_tokens", CONTEXT_TOKENS - 20),
     ],
