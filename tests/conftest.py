@@ -1,8 +1,12 @@
-"""Refuses environments in which the tests would test something else."""
+"""Refuses environments in which the tests would test something else; makes the checkpoints that several folders read."""
 
 import importlib.metadata
+from pathlib import Path
 
 import pytest
+import torch
+
+from tests.checkpoints import make_checkpoints
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -12,3 +16,10 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     # Hugging Face's package of that name and our folder shadow each other, depending on the path.
     raise pytest.UsageError("the distribution 'kernels' is installed here, which has the name of our folder: pip uninstall kernels")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of tests/checkpoints.py; with one thread, as on a shared machine."""
+    torch.set_num_threads(1)
+    return make_checkpoints(tmp_path_factory.getbasetemp())

@@ -10,7 +10,7 @@ from services.core.types import SamplingParams
 from services.engine.model_config import load_model_config
 from services.engine.models.decoder import Decoder
 from services.engine.weights import WeightReader
-from tests.checkpoints import FAMILIES, make_checkpoints
+from tests.checkpoints import FAMILIES
 from tests.exactness.workloads import GREEDY, MAX_MODEL_LEN, SAMPLED, Workload, make_requests, run_alone
 
 # Name → (checkpoint, number of requests, kinds of sampling, shortest prompt). Mistral's prompts are longer than its window of 50.
@@ -23,18 +23,8 @@ WORKLOADS: dict[str, tuple[str, int, tuple[SamplingParams, ...], int]] = {
 NEAR_TIES = "near ties"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoints(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="session")
-def load_workload(checkpoints: Path, _one_thread: None) -> Callable[[str], Workload]:
+def load_workload(checkpoints: Path) -> Callable[[str], Workload]:
     """A workload of WORKLOADS by name. Computes in fp32, whatever the processor would choose: law 3 is held to identity there."""
     loaded: dict[str, Workload] = {}
 

@@ -1,13 +1,12 @@
 """Linear in every form against a product in fp64, and the choice between the forms."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.cpu_linear import Linear, WeightForm, choose_form, fits_half
+from tests.kernels.conftest import SetThreads
 
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 # What a 16-bit weight becomes under fp32 activations on one thread: processors without FBGEMM (ARM) take the plain product.
@@ -23,11 +22,8 @@ FORMS = [
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+def one_thread(torch_threads: SetThreads) -> None:
+    torch_threads(1)
 
 
 def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
@@ -97,8 +93,8 @@ def test_choose_form_of_bf16_weights_on_one_thread_is_half_where_fbgemm_is() -> 
     assert choose_form(torch.ones(4, 4, dtype=torch.bfloat16), torch.float32) is HALF_OR_TRANSPOSED
 
 
-def test_choose_form_on_several_threads_is_transposed() -> None:
-    torch.set_num_threads(2)
+def test_choose_form_on_several_threads_is_transposed(torch_threads: SetThreads) -> None:
+    torch_threads(2)
     assert choose_form(torch.ones(4, 4, dtype=torch.bfloat16), torch.float32) is WeightForm.TRANSPOSED
 
 

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from kernels import reference
 from kernels.gumbel import gumbel_noise, philox_words
 from services.core.noise import MAX_SEED, philox
+from tests.numpy_philox import numpy_words
 
 CPU = torch.device("cpu")
 SEEDS = st.integers(0, MAX_SEED) | st.sampled_from([0, 1, 2**32 - 1, 2**32, 2**63, MAX_SEED])
@@ -19,25 +19,6 @@ POSITIONS = st.integers(0, 2**20) | st.sampled_from([0, 2**31 - 1, 2**31, 2**32 
 ROWS = st.lists(st.tuples(SEEDS, POSITIONS), min_size=1, max_size=4)
 # Word 0 … 3 of the published all-ones vector cannot be reached through (seed, position); the all-zero one can.
 ZERO_WORDS = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-
-
-def numpy_words(seed: int, position: int, num_calls: int) -> npt.NDArray[np.uint64]:
-    """Philox4x32-10 as the paper prints it, in 64-bit unsigned arithmetic: words [4 * num_calls] of one stream."""
-    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    left = np.arange(num_calls, dtype=np.uint64), np.full(num_calls, position, dtype=np.uint64)
-    right = np.zeros(num_calls, dtype=np.uint64), np.zeros(num_calls, dtype=np.uint64)
-    counter = [*left, *right]
-    key = [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
-        first, third = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
-        counter = [
-            (third >> shift) ^ counter[1] ^ np.uint64(key[0]),
-            third & low,
-            (first >> shift) ^ counter[3] ^ np.uint64(key[1]),
-            first & low,
-        ]
-        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
-    return np.stack(counter, axis=1).reshape(-1)
 
 
 @given(ROWS, st.integers(1, 40))

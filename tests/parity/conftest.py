@@ -9,17 +9,7 @@ import torch
 from services.engine.model_config import load_model_config
 from services.engine.models.decoder import Decoder
 from services.engine.weights import WeightReader
-from tests.checkpoints import CONTEXT_TOKENS, make_checkpoints
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoints(tmp_path_factory.getbasetemp())
+from tests.checkpoints import CONTEXT_TOKENS
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from services.core.noise import MAX_SEED
 from services.core.types import SamplingParams
 from services.engine import sampler
 from services.engine.sampler import NUM_CANDIDATES, SampleRow, filter_logits, sample
+from tests.numpy_philox import numpy_words
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -23,22 +24,9 @@ VOCAB_SIZES = [5, 6, 40, NUM_CANDIDATES - 1, NUM_CANDIDATES, NUM_CANDIDATES + 1,
 
 
 def numpy_noise(seed: int, position: int, vocab_size: int) -> Floats:
-    """Gumbel noise of one row; Philox4x32-10 in unsigned 64-bit arithmetic."""
-    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    calls = np.arange(-(-vocab_size // 4), dtype=np.uint64)
-    counter = [calls, np.full_like(calls, position), np.zeros_like(calls), np.zeros_like(calls)]
-    key = [seed % 2**32, seed // 2**32]
-    for _ in range(10):
-        first, third = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
-        counter = [
-            (third >> shift) ^ counter[1] ^ np.uint64(key[0]),
-            third & low,
-            (first >> shift) ^ counter[3] ^ np.uint64(key[1]),
-            first & low,
-        ]
-        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
-    uniform = (np.stack(counter, axis=1).reshape(-1)[:vocab_size].astype(np.float64) + 0.5) / 2.0**32
-    return (-np.log(-np.log(uniform))).astype(np.float32)
+    """Gumbel noise of one row."""
+    words = numpy_words(seed, position, -(-vocab_size // 4))[:vocab_size]
+    return (-np.log(-np.log((words.astype(np.float64) + 0.5) / 2.0**32))).astype(np.float32)
 
 
 def numpy_scores(logits: Floats, row: SampleRow) -> Floats:
