@@ -26,7 +26,7 @@ contracts: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2
 
-# The engine's figures beside transformers, measured now; a quarter of an hour on two cores.
+# The engine's figures beside transformers, measured now; a quarter of an hour.
 micro: $(STAMP)
 	$(BIN)/python -m loadtest micro engine --check
 

@@ -89,7 +89,7 @@ class _Reference:
 @contextlib.contextmanager
 def _reference(interpreter: Path, peer: str, directory: Path, dtype: str, num_threads: int) -> Iterator[_Reference]:
     script = Path(__file__).with_name(f"{peer}_reference.py")
-    command = [str(interpreter), "-P", str(script), str(directory), dtype, str(num_threads)]
+    command = [str(interpreter), "-I", str(script), str(directory), dtype, str(num_threads)]
     with subprocess.Popen(command, cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield _Reference(process, peer)

@@ -11,7 +11,6 @@ Blocks are numbers here; the tensor that they index is kv_layout's. Knows nothin
 One thread calls it. Source: reference-counted hash blocks as in vLLM's automatic prefix caching (Kwon et al. 2023, SOSP).
 """
 
-import heapq
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -24,8 +23,7 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
-        # A heap hands out the lowest free block first: blocks in use stay close together, which the CPU kernel turns into speed.
-        self._free: list[int] = list(range(num_blocks))
+        self._free = list(reversed(range(num_blocks)))  # a stack: what was freed last may still be in a processor's cache
         self._holders = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -86,7 +84,7 @@ class BlockPool:
         for _ in range(num_blocks):
             if not self._free:
                 self._evict_least_recent()
-            block_id = heapq.heappop(self._free)
+            block_id = self._free.pop()
             self._holders[block_id] = 1
             blocks.append(block_id)
         return blocks
@@ -106,7 +104,7 @@ class BlockPool:
             if self._holders[block_id]:
                 continue
             if self._hash_of[block_id] is None:
-                heapq.heappush(self._free, block_id)
+                self._free.append(block_id)
             else:
                 self._cached[block_id] = None
 
@@ -121,7 +119,7 @@ class BlockPool:
         """The writer is fenced: the blocks are free again."""
         for block_id in block_ids:
             self._quarantined.remove(block_id)
-            heapq.heappush(self._free, block_id)
+            self._free.append(block_id)
 
     def clear_cache(self) -> None:
         """Forgets all cached content that nobody holds."""
@@ -134,5 +132,5 @@ class BlockPool:
         assert block_hash is not None
         del self._block_of[block_hash]
         self._hash_of[block_id] = None
-        heapq.heappush(self._free, block_id)
+        self._free.append(block_id)
         self.num_evictions += 1

@@ -1,1 +1,1 @@
-"""The demo model, trained on Python's standard library by train.py, which also trains a draft for it."""
+"""The demo pair, a target and a draft for it, trained on Python's standard library by train.py."""

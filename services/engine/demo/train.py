@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCAB_SIZE = 4096
 CONTEXT_TOKENS = 4096
 END_OF_TEXT = "<|endoftext|>"
-TOKENS_PER_STEP = 4096
+TARGET_TOKENS_PER_STEP, DRAFT_TOKENS_PER_STEP = 4096, 2048
+TEMPERATURE, TOP_P = 0.6, 0.95  # of generation; the draft learns the target's distribution at this temperature
 # Drawn for each step. Whole contexts must come at every learning rate: positions that were never trained do not extrapolate.
 WINDOW_TOKENS = (512, 512, 512, 1024, 2048, 4096)
 LIBRARY_SHARE = 0.65  # of the windows; the rest come from the library's tests, which are two thirds of the bytes
@@ -157,10 +158,20 @@ def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=4e-3), torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def draw_windows(streams: list[torch.Tensor], window: int, generator: torch.Generator) -> torch.Tensor:
-    """Random windows of one step's tokens from the library's stream and the tests', [B, window + 1] int64."""
+def draft_from(target: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A new draft whose embedding is the target's in its principal directions: it knows from the start which tokens are alike."""
+    draft = LlamaForCausalLM(draft_config())
+    embedding = target.model.embed_tokens.weight.detach()
+    _, _, directions = torch.linalg.svd(embedding, full_matrices=False)
+    projected = embedding @ directions[: draft.config.hidden_size].T
+    draft.model.embed_tokens.weight.data.copy_(projected * (draft.config.initializer_range / projected.std()))
+    return draft
+
+
+def draw_windows(streams: list[torch.Tensor], count: int, window: int, generator: torch.Generator) -> torch.Tensor:
+    """Random windows from the library's stream and the tests', [count, window + 1] int64."""
     rows = []
-    for _ in range(TOKENS_PER_STEP // window):
+    for _ in range(count):
         stream = streams[int(torch.rand(1, generator=generator) > LIBRARY_SHARE)]
         start = int(torch.randint(len(stream) - window - 1, (1,), generator=generator))
         rows.append(stream[start : start + window + 1])
@@ -174,6 +185,7 @@ def train(
     corpus: Corpus,
     out: Path,
     tokens: int,
+    tokens_per_step: int,
     peak: float,
     hold: float,
 ) -> None:
@@ -185,7 +197,7 @@ def train(
     streams = [encode(tokenizer, corpus.library), encode(tokenizer, corpus.tests)]
     optimizers = optimizers_of(model)
     base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    steps = tokens // TOKENS_PER_STEP  # of one optimizer update each
+    steps = tokens // tokens_per_step  # of one optimizer update each; a window longer than a step makes a longer step
     started, smoothed = time.monotonic(), 0.0
     for step in range(steps):
         progress = step / steps
@@ -193,14 +205,14 @@ def train(
         for optimizer, base_rate in zip(optimizers, base_rates, strict=True):
             optimizer.param_groups[0]["lr"] = base_rate * rate
         window = WINDOW_TOKENS[int(torch.randint(len(WINDOW_TOKENS), (1,), generator=generator))]
-        batch = draw_windows(streams, window, generator)
+        batch = draw_windows(streams, max(tokens_per_step // window, 1), window, generator)
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits.flatten(0, 1)
         if teacher is None:
             loss = F.cross_entropy(logits, batch[:, 1:].flatten())
         else:
             with torch.no_grad():
-                goal = teacher(input_ids=batch[:, :-1], use_cache=False).logits.flatten(0, 1).softmax(-1)
-            loss = F.cross_entropy(logits, goal)
+                goal = (teacher(input_ids=batch[:, :-1], use_cache=False).logits.flatten(0, 1) / TEMPERATURE).softmax(-1)
+            loss = F.cross_entropy(logits / TEMPERATURE, goal)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -208,7 +220,7 @@ def train(
             optimizer.zero_grad()
         smoothed = loss.item() if step == 0 else 0.98 * smoothed + 0.02 * loss.item()
         if step % 50 == 49 or step == steps - 1:
-            speed = (step + 1) * TOKENS_PER_STEP / (time.monotonic() - started)
+            speed = (step + 1) * tokens_per_step / (time.monotonic() - started)
             print(f"{out.name} step {step + 1}/{steps} loss {smoothed:.3f} {speed:.0f} tokens/s", flush=True)
         if step % 200 == 199 or step == steps - 1:
             save(model, out)
@@ -218,13 +230,16 @@ def save(model: LlamaForCausalLM, out: Path) -> None:
     """bf16 safetensors in the Hugging Face layout; the model being trained stays fp32."""
     copy = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
-    copy.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95)
+    copy.generation_config.update(do_sample=True, temperature=TEMPERATURE, top_p=TOP_P)
     copy.to(torch.bfloat16).save_pretrained(out)  # type: ignore[arg-type]  # transformers decorates `to` away
 
 
 @torch.no_grad()
 def evaluate(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, float]:
-    """Held-out bits per byte of both models, and how often their greedy tokens agree given the same text before them."""
+    """Held-out bits per byte of both models, and how often their greedy tokens agree given the same text before them.
+
+    The text is the held-out files, and what the target itself writes after their beginnings, which is what a draft meets in service.
+    """
     window = 1024
     bits = {"target": 0.0, "draft": 0.0}
     num_bytes = agreed = predicted = 0
@@ -248,7 +263,22 @@ def evaluate(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokenizer: Token
         "target_bits_per_byte": bits["target"] / num_bytes,
         "draft_bits_per_byte": bits["draft"] / num_bytes,
         "greedy_agreement": agreed / predicted,
+        "greedy_agreement_on_its_own_text": _agreement_on_own_text(target, draft, tokenizer, corpus),
     }
+
+
+@torch.no_grad()
+def _agreement_on_own_text(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokenizer: Tokenizer, corpus: Corpus) -> float:
+    prompt_tokens, new_tokens = 256, 128
+    streams = [encode(tokenizer, [text]) for text in corpus.held_out]
+    prompts = torch.stack([ids[:prompt_tokens] for ids in streams if len(ids) >= prompt_tokens])
+    torch.manual_seed(0)
+    writer: Any = target  # transformers' own annotations do not know it as a generator
+    text = writer.generate(
+        input_ids=prompts, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, min_new_tokens=new_tokens, max_new_tokens=new_tokens
+    )
+    greedy = [model(input_ids=text, use_cache=False).logits[:, prompt_tokens - 1 : -1].argmax(-1) for model in (target, draft)]
+    return float((greedy[0] == greedy[1]).float().mean())
 
 
 def main() -> None:
@@ -256,7 +286,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["target", "draft", "evaluate", "all"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--target-tokens", type=int, default=7_500_000)
-    parser.add_argument("--draft-tokens", type=int, default=3_000_000)
+    parser.add_argument("--draft-tokens", type=int, default=5_000_000)
     parser.add_argument("--peak", type=float, default=1.0, help="highest learning rate, as a share of the full one")
     parser.add_argument("--hold", type=float, default=0.5, help="share of the steps at that rate")
     parser.add_argument("--init", type=Path, help="continue the target from this checkpoint instead of starting anew")
@@ -271,14 +301,16 @@ def main() -> None:
         model = (
             LlamaForCausalLM.from_pretrained(arguments.init, dtype=torch.float32) if arguments.init else LlamaForCausalLM(target_config())
         )
-        train(model, None, tokenizer, corpus, target_dir, arguments.target_tokens, arguments.peak, arguments.hold)
+        tokens, tokens_per_step = arguments.target_tokens, TARGET_TOKENS_PER_STEP
+        train(model, None, tokenizer, corpus, target_dir, tokens, tokens_per_step, arguments.peak, arguments.hold)
     tokenizer = Tokenizer.from_file(str(target_dir / "tokenizer.json"))
     target = LlamaForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
     if arguments.stage in ("draft", "all"):
         draft_dir.mkdir(exist_ok=True)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(target_dir / name, draft_dir / name)
-        train(LlamaForCausalLM(draft_config()), target, tokenizer, corpus, draft_dir, arguments.draft_tokens, 1.0, 0.5)
+        tokens, tokens_per_step = arguments.draft_tokens, DRAFT_TOKENS_PER_STEP
+        train(draft_from(target), target, tokenizer, corpus, draft_dir, tokens, tokens_per_step, 1.0, 0.5)
     if arguments.stage in ("evaluate", "all"):
         draft = LlamaForCausalLM.from_pretrained(draft_dir, dtype=torch.float32)
         print(json.dumps(evaluate(target, draft, tokenizer, corpus), indent=2))

@@ -61,14 +61,12 @@ class PoolMachine(RuleBasedStateMachine):
                 self.pool.allocate(num_blocks)
             assert counts(self.pool) == before
             return
-        expected = []
-        for _ in range(num_blocks):
+        blocks = self.pool.allocate(num_blocks)
+        for block_id in blocks:  # which free one is the pool's choice; which cached one is not
             if not self.free:
                 self.evict()
-            expected.append(min(self.free))
-            self.free.remove(expected[-1])
-        assert self.pool.allocate(num_blocks) == expected
-        self.tables.append(expected)
+            self.free.remove(block_id)
+        self.tables.append(blocks)
 
     @precondition(lambda self: any(self.tables))
     @rule(data=st.data(), name=st.integers(0, 3))
@@ -184,14 +182,6 @@ def test_allocate_when_too_few_blocks_are_left_raises_and_takes_none() -> None:
     assert sorted(held + pool.allocate(3)) == [0, 1, 2, 3]
 
 
-def test_allocate_when_free_blocks_lie_apart_takes_the_lowest_first() -> None:
-    pool = BlockPool(6)
-    blocks = pool.allocate(6)
-    for block_id in (4, 1, 3):
-        pool.release([blocks[block_id]])
-    assert pool.allocate(3) == [1, 3, 4]
-
-
 def test_allocate_when_nothing_is_free_evicts_the_least_recently_used_and_tails_before_heads() -> None:
     pool = BlockPool(5)
     old, other = allocate_sealed(pool, CHAIN[:3]), allocate_sealed(pool, [content(8), content(9)])
@@ -264,7 +254,7 @@ def test_quarantine_when_a_peer_may_still_write_keeps_blocks_out_of_circulation_
     pool.lift_quarantine(blocks[:1])
     assert counts(pool) == (2, 0, 0, 1)
     pool.lift_quarantine(blocks[1:])
-    assert pool.allocate(3) == [0, 1, 2]
+    assert sorted(pool.allocate(3)) == [0, 1, 2]
 
 
 def test_clear_cache_when_some_content_is_held_forgets_only_the_rest() -> None:
