@@ -122,6 +122,7 @@ def paged_attention(query: torch.Tensor, pool: torch.Tensor, layer: int, plan: A
         launch(
             _decode,
             len(decode.context_lens) * pool.shape[2],
+            int(decode.context_lens.sum()) * pool[0, 0, :, 0].nbytes,
             as_array(query),
             as_array(pool),
             layer,

@@ -4,7 +4,6 @@ PyTorch computes a norm in seven calls; at batch 1 the calls cost more than the 
 Specification: the functions of the same names in reference.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,28 +12,26 @@ import torch
 from kernels.jit import as_array, exp2, jit, launch, narrow, wide
 
 _LOG2_E = 1.4426950408889634
-# Rows of less data than this are not worth a second thread.
-_MIN_ELEMENTS_PER_THREAD = 1 << 15
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See reference.rms_norm."""
     output = torch.empty_like(x)
-    _launch_rows(_rms_norm, x, as_array(x), as_array(weight), eps, as_array(output))
+    launch(_rms_norm, len(x), x.nbytes, as_array(x), as_array(weight), eps, as_array(output))
     return output
 
 
 def add_rms_norm(residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See reference.add_rms_norm."""
     output = torch.empty_like(residual)
-    _launch_rows(_add_rms_norm, residual, as_array(residual), as_array(delta), as_array(weight), eps, as_array(output))
+    launch(_add_rms_norm, len(residual), residual.nbytes, as_array(residual), as_array(delta), as_array(weight), eps, as_array(output))
     return output
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See reference.silu_and_mul."""
     output = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    _launch_rows(_silu_and_mul, gate_up, as_array(gate_up), as_array(output))
+    launch(_silu_and_mul, len(gate_up), gate_up.nbytes, as_array(gate_up), as_array(output))
     return output
 
 
@@ -55,9 +52,10 @@ def rope_and_write_kv(
     num_tokens, num_heads, head_dim = qkv.shape
     query = qkv.new_empty(num_tokens, num_heads - 2 * pool.shape[2], head_dim)
     no_norm = qkv.new_empty(0)
-    _launch_rows(
+    launch(
         _rope_and_write_kv,
-        qkv,
+        num_tokens,
+        qkv.nbytes,
         as_array(qkv),
         as_array(pool),
         layer,
@@ -71,13 +69,6 @@ def rope_and_write_kv(
         as_array(query),
     )
     return query
-
-
-def _launch_rows(kernel: Callable[..., None], x: torch.Tensor, *arguments: Any) -> None:
-    if x.numel() < 2 * _MIN_ELEMENTS_PER_THREAD:
-        kernel(0, len(x), *arguments)
-    else:
-        launch(kernel, len(x), *arguments)
 
 
 @jit

@@ -25,6 +25,9 @@ Array = NDArray[Any]
 # Sums may be reordered and fused, which vectorizing needs; NaN and infinity keep their meaning.
 _FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 
+# A tenth of a millisecond of reading; waking a thread for less than that costs more than it saves.
+_MIN_BYTES_PER_THREAD = 1 << 20
+
 
 def jit(kernel: Function) -> Function:
     """Compiles `kernel` when it is first called; it releases the interpreter lock while it runs."""
@@ -50,9 +53,9 @@ def as_array(tensor: torch.Tensor) -> Array:
     return array
 
 
-def launch(kernel: Callable[..., None], num_items: int, *arguments: Any) -> None:
-    """kernel(begin, end, *arguments) over all items, in as many pieces as PyTorch has threads."""
-    num_threads = min(torch.get_num_threads(), num_items)
+def launch(kernel: Callable[..., None], num_items: int, num_bytes: int, *arguments: Any) -> None:
+    """kernel(begin, end, *arguments) over all items, which read `num_bytes` together, in at most as many pieces as PyTorch has threads."""
+    num_threads = min(torch.get_num_threads(), num_items, num_bytes // _MIN_BYTES_PER_THREAD)
     if num_threads <= 1:
         kernel(0, num_items, *arguments)
         return
