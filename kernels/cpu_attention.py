@@ -9,16 +9,15 @@ Dao et al. 2023 (Flash-Decoding).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from kernels.jit import Array, as_array, exp2, jit, launch, narrow, wide
+from kernels import cpu_loops
+from kernels.cpu_loops import LOG2_E, Array, as_array, launch
 from kernels.kv_layout import KVLayout
 
 _flash: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +39,8 @@ class PrefillPlan:
     """Work of one sequence with several new tokens: rows start … end of the query, after `prefix_len` older tokens.
 
     head_rows   [Hk * blocks] rows of the pool's [block, layer, head] view for layer 0, head by head
-    skipped     leading tokens left out because no query's window reaches them
-    bias        [T, C - skipped] 0 or -inf when a window hides something, else None
+    context_len tokens read, the new ones included; like prefix_len without leading blocks that no query's window reaches
+    bias        [T, context_len] 0 or -inf when a window hides something, else None
     """
 
     start: int
@@ -120,7 +119,7 @@ def paged_attention(query: torch.Tensor, pool: torch.Tensor, layer: int, plan: A
     decode = plan.decode
     if decode is not None:
         launch(
-            _decode,
+            cpu_loops.decode_attention,
             len(decode.context_lens) * pool.shape[2],
             int(decode.context_lens.sum()) * pool[0, 0, :, 0].nbytes,
             as_array(query),
@@ -129,78 +128,12 @@ def paged_attention(query: torch.Tensor, pool: torch.Tensor, layer: int, plan: A
             decode.block_tables,
             decode.context_lens,
             decode.first_visible,
-            scale * _LOG2_E,
+            scale * LOG2_E,
             as_array(output),
         )
     for prefill in plan.prefills:
         output[prefill.start : prefill.end] = _prefill(query[prefill.start : prefill.end], pool, layer, prefill, scale)
     return output
-
-
-@jit
-def _decode(
-    begin: int,
-    end: int,
-    query: Any,
-    pool: Any,
-    layer: int,
-    block_tables: Any,
-    context_lens: Any,
-    first_visible: Any,
-    scale: float,
-    output: Any,
-) -> None:
-    """Items are pairs (sequence, KV head); `scale` is in powers of two."""
-    num_kv_heads, block_size = pool.shape[2], pool.shape[3]
-    head_dim = query.shape[2]
-    group = query.shape[1] // num_kv_heads
-    queries = np.empty((group, head_dim), dtype=np.float32)
-    sums = np.empty((group, head_dim), dtype=np.float32)  # of the values, weighted
-    totals = np.empty(group, dtype=np.float32)  # of the weights
-    highest = np.empty(group, dtype=np.float32)  # score so far; weights are relative to it
-    scores = np.empty(block_size, dtype=np.float32)
-    for item in range(begin, end):
-        sequence, kv_head = divmod(item, num_kv_heads)
-        context, first = context_lens[sequence], first_visible[sequence]
-        for g in range(group):
-            for i in range(head_dim):
-                queries[g, i] = wide(query[sequence, kv_head * group + g, i]) * np.float32(scale)
-        sums[:] = 0
-        totals[:] = 0
-        highest[:] = -np.inf
-        for block in range(first // block_size, (context + block_size - 1) // block_size):
-            start = max(first - block * block_size, 0)
-            count = min(context - block * block_size, block_size) - start
-            cells = pool[block_tables[sequence, block], layer, kv_head, start : start + count]
-            for g in range(group):
-                top = highest[g]
-                for cell in range(count):
-                    score = np.float32(0)
-                    for i in range(head_dim):
-                        score += queries[g, i] * wide(cells[cell, i])
-                    scores[cell] = score
-                    top = max(top, score)
-                total = np.float32(0)
-                for cell in range(count):
-                    weight = exp2(scores[cell] - top)
-                    scores[cell] = weight
-                    total += weight
-                rescale = exp2(highest[g] - top)
-                highest[g] = top
-                totals[g] = totals[g] * rescale + total
-                for i in range(head_dim):
-                    sums[g, i] *= rescale
-                even = count - count % 2
-                for cell in range(0, even, 2):  # two at once: half as many passes over `sums`
-                    weight, next_weight = scores[cell], scores[cell + 1]
-                    for i in range(head_dim):
-                        sums[g, i] += weight * wide(cells[cell, head_dim + i]) + next_weight * wide(cells[cell + 1, head_dim + i])
-                for cell in range(even, count):
-                    for i in range(head_dim):
-                        sums[g, i] += scores[cell] * wide(cells[cell, head_dim + i])
-        for g in range(group):
-            for i in range(head_dim):
-                output[sequence, kv_head * group + g, i] = narrow(sums[g, i] / totals[g], output)
 
 
 def _prefill(query: torch.Tensor, pool: torch.Tensor, layer: int, plan: PrefillPlan, scale: float) -> torch.Tensor:

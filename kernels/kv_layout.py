@@ -29,5 +29,5 @@ class KVLayout:
         return self.num_layers * self.num_kv_heads * self.block_size * 2 * self.head_dim * self.dtype.itemsize
 
     def allocate(self, num_blocks: int, device: torch.device) -> torch.Tensor:
-        """A zeroed pool: kernels may read cells that no token has written yet, and garbage there could be NaN."""
+        """A zeroed pool: blocks travel whole, and a partly filled one must not carry what the memory held before."""
         return torch.zeros(num_blocks, *self.block_shape, dtype=self.dtype, device=device)

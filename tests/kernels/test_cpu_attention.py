@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 import kernels
-from kernels import jit, reference
+from kernels import cpu_loops, reference
 from kernels.kv_layout import KVLayout
 from tests.kernels.conftest import SetThreads
 
@@ -89,7 +89,7 @@ def test_decode_attention_gives_a_sequence_the_same_bits_alone_and_in_any_batch(
     torch_threads: SetThreads, monkeypatch: pytest.MonkeyPatch, num_threads: int
 ) -> None:
     torch_threads(num_threads)
-    monkeypatch.setattr(jit, "_MIN_BYTES_PER_THREAD", 1)
+    monkeypatch.setattr(cpu_loops, "_MIN_BYTES_PER_THREAD", 1)
     layout = KVLayout(num_layers=2, num_kv_heads=2, block_size=16, head_dim=32, dtype=torch.float32)
     contexts = [40, 1, 100, 16, 63]
     pool, tables = scattered_pool(layout, contexts)

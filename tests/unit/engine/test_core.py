@@ -360,3 +360,14 @@ def test_step_when_the_checkpoint_s_end_token_is_outside_the_vocabulary_still_ho
     )
     request = make_request(max_tokens=2, min_tokens=1, logit_bias={VOCAB_SIZE - 1: 100.0})
     assert generate_tokens(core, request) == [VOCAB_SIZE - 1] * 2
+
+
+def test_calibrate_computes_a_prompt_and_a_single_token_so_that_no_request_waits_for_the_compiler(
+    make_core: MakeCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = make_core()
+    query_lens: list[list[int]] = []
+    monkeypatch.setattr(core._runner, "execute", lambda batch, rows: query_lens.append(batch.query_lens))
+    core.calibrate()
+    assert [1] in query_lens
+    assert [16] in query_lens
