@@ -132,7 +132,7 @@ def _bf16_bits_of_float(value: Any) -> Any:
 
 @inline
 def exp2(x: Any) -> Any:
-    """2**x in fp32 for x within ±126, held to those bounds outside of them: 1 unit in the last place, NaN stays NaN."""
+    """2**x in fp32 for x within ±126, held to those bounds outside of them: within 2 units in the last place, NaN stays NaN."""
     x = np.float32(-126) if x < np.float32(-126) else x
     x = np.float32(126) if x > np.float32(126) else x
     whole = np.floor(x + np.float32(0.5))

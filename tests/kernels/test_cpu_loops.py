@@ -51,12 +51,12 @@ def test_narrow_rounds_any_fp32_as_pytorch_does(dtype: torch.dtype) -> None:
     assert torch.equal(output[~expected.isnan()], expected[~expected.isnan()])
 
 
-def test_exp2_is_exact_to_one_unit_in_the_last_place_and_held_to_its_bounds() -> None:
+def test_exp2_is_within_two_units_in_the_last_place_and_held_to_its_bounds() -> None:
     x = np.linspace(-126, 126, 1_000_003, dtype=np.float32)
     output = np.empty_like(x)
     exp2_elements(x, output)
     expected = np.exp2(x.astype(np.float64))
-    assert (np.abs(output - expected) / np.spacing(expected.astype(np.float32))).max() < 1
+    assert (np.abs(output - expected) / np.spacing(expected.astype(np.float32))).max() < 2
     edges = np.array([-np.inf, -1e9, -127, 0, 127, np.inf, np.nan], dtype=np.float32)
     output = np.empty_like(edges)
     exp2_elements(edges, output)
