@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint types contracts unit micro clean
+.PHONY: demo test lint types contracts unit protos micro clean
 
-# One prompt through the engine in this process, on the model that ships with Baton.
+# A whole mesh on the model that ships with Baton, a few prompts that share a prefix, a timeline of each; then everything stops.
 demo: $(STAMP)
-	$(BIN)/baton generate --local "def read_json(" --max-tokens 120 --seed 1
+	$(BIN)/baton demo
 
 # All checks, in the order in which they fail fastest.
 test: lint types contracts unit
@@ -25,6 +25,10 @@ contracts: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+
+# The stubs of protos/, made anew in place; a test compares them.
+protos: $(STAMP)
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/baton/v1/*.proto
 
 # The engine's figures beside transformers, measured now; a quarter of an hour.
 micro: $(STAMP)

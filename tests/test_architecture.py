@@ -14,6 +14,9 @@ def test_core_when_no_package_is_installed_can_be_imported() -> None:
     subprocess.run([sys.executable, "-I", "-S", "-c", program], check=True, cwd="/")
 
 
-def test_command_line_and_tokenizer_when_imported_do_not_load_torch() -> None:
-    program = "import sys, services.cli.app, services.tokenizer.tokenizer; sys.exit('torch' in sys.modules)"
+def test_control_plane_when_imported_loads_no_torch() -> None:
+    modules = (
+        "services.cli.app, services.tokenizer.tokenizer, services.router.process, services.kv_index.service, services.mesh.kv_transport"
+    )
+    program = f"import sys, {modules}; sys.exit(any(name in sys.modules for name in ('torch', 'numba', 'transformers')))"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -8,11 +8,15 @@ import sys
 
 import typer
 
+from services.cli.demo import demo
 from services.cli.generate import generate
+from services.cli.top import top
+from services.cli.up import up
 from services.core.errors import BatonError, InvalidRequest
 
 app = typer.Typer(name="baton", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(generate)
+for command in (up, generate, top, demo):
+    app.command()(command)
 
 
 @app.callback()

@@ -3,16 +3,27 @@
     BatonError
     ├── InvalidRequest      a parameter is malformed or beyond a limit; nobody retries
     ├── UnknownRequest      no such request
+    ├── UnknownModel        no worker serves a model of that name
     ├── ResourceExhausted   no room now; carries a retry delay
     │   ├── QueueFull
-    │   └── OutOfBlocks
+    │   ├── OutOfBlocks
+    │   └── Overloaded      the deadline or the objective could not be met: shed before any work
+    ├── Unavailable         not now, not here; carries a retry delay; another worker may serve
+    │   ├── Draining
+    │   ├── PeerUnavailable a service that this one needs cannot be reached, or stopped answering
+    │   └── EngineStopped   the engine is closed or died
+    ├── DeadlineExceeded    the caller's time is over
+    ├── Incompatible        the two sides differ in model or KV layout; an operator must act
+    ├── TransferFenced      a KV transfer was ended before all blocks had landed; another prefill may follow
+    ├── ChecksumMismatch    a KV block arrived with other bytes than were sent; the prefill is repeated
     ├── CheckpointError     a checkpoint cannot be served; an operator must act
-    └── EngineStopped       the engine is closed or died; another worker may serve
+    └── ConfigurationError  settings of a process are wrong; all problems at once
 
 Messages are for people and name the field and the limit ("need 7 KV blocks, 3 free"); `reason` is for machines.
 Knows nothing of gRPC or HTTP: one table in the mesh maps these to status codes.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -65,6 +76,80 @@ class OutOfBlocks(ResourceExhausted):
     reason = "OUT_OF_BLOCKS"
 
 
+class Overloaded(ResourceExhausted):
+    """No worker would be in time: the request is refused before anything was computed for it."""
+
+    reason = "OVERLOADED"
+
+
+class UnknownModel(BatonError):
+    """No worker serves a model of that name."""
+
+    reason = "UNKNOWN_MODEL"
+
+
+class Unavailable(BatonError):
+    """This process cannot serve now; the same call may succeed elsewhere, or here after `retry_after_s`."""
+
+    reason = "UNAVAILABLE"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Draining(Unavailable):
+    """The process finishes what it has and takes nothing new."""
+
+    reason = "DRAINING"
+
+
+class PeerUnavailable(Unavailable):
+    """A service that this one needs cannot be reached, or has stopped answering."""
+
+    reason = "PEER_UNAVAILABLE"
+
+
+class EngineStopped(Unavailable):
+    """The engine has been closed, or its thread died; no request runs here any more."""
+
+    reason = "ENGINE_STOPPED"
+
+
+class DeadlineExceeded(BatonError):
+    """The caller's deadline has passed."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
+class Incompatible(BatonError):
+    """Two sides differ in what must be equal: model, KV layout, protocol. Nothing helps until an operator acts."""
+
+    reason = "INCOMPATIBLE"
+
+
+class TransferFenced(BatonError):
+    """A KV transfer was ended, by either side, before all its blocks had landed."""
+
+    reason = "TRANSFER_FENCED"
+
+
+class ChecksumMismatch(BatonError):
+    """A KV block arrived with other bytes than were sent."""
+
+    reason = "CHECKSUM_MISMATCH"
+
+
+class ConfigurationError(BatonError):
+    """Settings are unknown, missing or out of their limits; `problems` names them all."""
+
+    reason = "CONFIGURATION"
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
+
+
 class CheckpointError(BatonError):
     """A checkpoint is incomplete, inconsistent or of a kind that Baton does not serve; `path` is where."""
 
@@ -73,9 +158,3 @@ class CheckpointError(BatonError):
     def __init__(self, message: str, *, path: str) -> None:
         super().__init__(f"{path}: {message}")
         self.path = path
-
-
-class EngineStopped(BatonError):
-    """The engine has been closed, or its thread died; no request runs here any more."""
-
-    reason = "ENGINE_STOPPED"

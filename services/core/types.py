@@ -117,12 +117,35 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # (token id, logprob), best first, ties by id
 
 
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token as it was chosen; what a prefill worker hands over for the first token of each choice."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillTiming:
+    """Where the time until a prompt's first token went, on the engine that computed it.
+
+    queue_s     from when it could be computed here to the start of its first chunk
+    prefill_s   from there to its first token
+    model_s     inside the model: of each step the share that its tokens had in the batch
+    """
+
+    queue_s: float
+    prefill_s: float
+    model_s: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
     """What one engine step added to one choice of one request.
 
     position        index of the token in its sequence, prompt included; None when the event carries no token (an abort)
     cached_tokens   prompt tokens found in the prefix cache when the request was first admitted
+    prefill         with the first token of choice 0, if its prompt was computed by this engine
     """
 
     request_id: str
@@ -132,3 +155,4 @@ class TokenEvent:
     logprobs: TokenLogprobs | None
     finish_reason: FinishReason | None
     cached_tokens: int
+    prefill: PrefillTiming | None = None

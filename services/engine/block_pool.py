@@ -7,6 +7,7 @@
 
     Invariant after every call: num_free + num_cached + num_owned + num_quarantined == num_blocks.
 
+Whoever wants to tell others what the pool holds has it track its changes: which hashes can be found, and which no longer.
 Blocks are numbers here; the tensor that they index is kv_layout's. Knows nothing of sequences or of time.
 One thread calls it. Source: reference-counted hash blocks as in vLLM's automatic prefix caching (Kwon et al. 2023, SOSP).
 """
@@ -29,6 +30,11 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._quarantined: set[int] = set()
+        # Hashes to be found, and no longer to be found, since the last drain_changes (in order: a block's after its parent's).
+        self._stored: dict[bytes, None] = {}
+        self._removed: dict[bytes, None] = {}
+        self._tracks_changes = False
+        self.num_owned = 0
         self.num_evictions = 0
 
     @property
@@ -42,10 +48,6 @@ class BlockPool:
     @property
     def num_quarantined(self) -> int:
         return len(self._quarantined)
-
-    @property
-    def num_owned(self) -> int:
-        return sum(1 for holders in self._holders if holders)
 
     @property
     def num_available(self) -> int:
@@ -70,7 +72,9 @@ class BlockPool:
         """One more holder for blocks found by match_prefix."""
         for block_id in block_ids:
             assert self._hash_of[block_id] is not None
-            self._cached.pop(block_id, None)
+            if not self._holders[block_id]:
+                del self._cached[block_id]
+                self.num_owned += 1
             self._holders[block_id] += 1
 
     def allocate(self, num_blocks: int) -> list[int]:
@@ -87,6 +91,7 @@ class BlockPool:
             block_id = self._free.pop()
             self._holders[block_id] = 1
             blocks.append(block_id)
+        self.num_owned += num_blocks
         return blocks
 
     def seal(self, block_id: int, block_hash: bytes) -> None:
@@ -95,6 +100,8 @@ class BlockPool:
         if block_hash not in self._block_of:
             self._hash_of[block_id] = block_hash
             self._block_of[block_hash] = block_id
+            if self._tracks_changes:
+                _change(block_hash, self._stored, undoes=self._removed)
 
     def release(self, block_ids: Sequence[int]) -> None:
         """One holder less. Pass a sequence's blocks in order: its tail is evicted before its head, which more prompts share."""
@@ -103,6 +110,7 @@ class BlockPool:
             self._holders[block_id] -= 1
             if self._holders[block_id]:
                 continue
+            self.num_owned -= 1
             if self._hash_of[block_id] is None:
                 self._free.append(block_id)
             else:
@@ -113,6 +121,7 @@ class BlockPool:
         for block_id in block_ids:
             assert self._holders[block_id] == 1 and self._hash_of[block_id] is None
             self._holders[block_id] = 0
+            self.num_owned -= 1
             self._quarantined.add(block_id)
 
     def lift_quarantine(self, block_ids: Sequence[int]) -> None:
@@ -126,6 +135,19 @@ class BlockPool:
         while self._cached:
             self._evict_least_recent()
 
+    def track_changes(self) -> None:
+        """From now on drain_changes() tells; what the pool holds already counts as stored since."""
+        self._tracks_changes = True
+        self._stored = dict.fromkeys(self._block_of)
+        self._removed = {}
+
+    def drain_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Hashes stored and removed since the last call; what came and went, or went and came back, is in neither."""
+        stored, removed = list(self._stored), list(self._removed)
+        self._stored.clear()
+        self._removed.clear()
+        return stored, removed
+
     def _evict_least_recent(self) -> None:
         block_id, _ = self._cached.popitem(last=False)
         block_hash = self._hash_of[block_id]
@@ -134,3 +156,13 @@ class BlockPool:
         self._hash_of[block_id] = None
         self._free.append(block_id)
         self.num_evictions += 1
+        if self._tracks_changes:
+            _change(block_hash, self._removed, undoes=self._stored)
+
+
+def _change(block_hash: bytes, changes: dict[bytes, None], *, undoes: dict[bytes, None]) -> None:
+    """Notes a change, or that it took back one that nobody has been told of yet."""
+    if block_hash in undoes:
+        del undoes[block_hash]
+    else:
+        changes[block_hash] = None

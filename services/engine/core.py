@@ -1,52 +1,28 @@
-"""The engine without threads: requests in, one step at a time, token events out. Everything that decides anything is here or below.
+"""The engine without threads: requests in, one step at a time, events out. Everything that decides anything is here or below.
 
 Knows nothing of event loops; engine.py runs it on a thread of its own. Two runs of the same calls give the same events.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as Tokens
 
 import numpy as np
-import numpy.typing as npt
 
 from services.core.errors import InvalidRequest
-from services.core.noise import choice_seed, draw_seed
+from services.core.noise import draw_seed
 from services.core.prefix_hash import KEY_BYTES, prefix_key
-from services.core.types import FinishReason, TokenEvent, check_token_id
-from services.engine.batch import StepBatch
+from services.core.types import FinishReason, PrefillTiming, SampledToken, TokenEvent, check_token_id
 from services.engine.block_pool import BlockPool
+from services.engine.events import Event, PrefillProgress, Reserved
 from services.engine.model_runner import ModelRunner
-from services.engine.sampler import SampledToken, SampleRow
+from services.engine.pacing import ChunkPacer
 from services.engine.scheduler import ScheduledChunk, Scheduler
-from services.engine.sequence import EngineRequest, Sequence
+from services.engine.sequence import EngineRequest, Purpose, Sequence
 from services.engine.settings import EngineSettings
-
-# A cancel takes effect between steps, and must within a second: prompts are cut into smaller chunks when a step takes longer than this.
-LONG_STEP_S = 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """Counters since the start and gauges of now; blocks obey free + cached + owned + quarantined == total."""
-
-    num_running: int
-    num_waiting: int
-    blocks_total: int
-    blocks_free: int
-    blocks_cached: int
-    blocks_owned: int
-    blocks_quarantined: int
-    steps: int
-    prefill_tokens: int
-    decode_tokens: int
-    cached_tokens: int
-    preemptions: int
-    evictions: int
-    partial_prefills: int
-    largest_batch: int
-    step_s: float
-    model_s: float
+from services.engine.stats import EngineStats
+from services.engine.step import further_choices, make_batch, sample_rows, trial_batch
+from services.engine.timing import PrefillWatch
 
 
 class EngineCore:
@@ -63,9 +39,13 @@ class EngineCore:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runner = runner
-        self._settings = settings
         self._clock = clock
         self.vocab_size = runner.decoder.config.vocab_size
+        self.block_size = settings.block_size
+        self.block_bytes = runner.layout.block_bytes
+        self.num_blocks = runner.num_blocks
+        self.model_fingerprint = model_fingerprint
+        self.layout_fingerprint = runner.layout.fingerprint(model_fingerprint)
         # Some checkpoints name ids that they cannot produce.
         self._eos_token_ids = frozenset(token_id for token_id in eos_token_ids if 0 <= token_id < self.vocab_size)
         self.pool = BlockPool(runner.num_blocks)
@@ -77,15 +57,20 @@ class EngineCore:
             max_num_seqs=settings.max_num_seqs,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
         )
+        self._pacer = ChunkPacer(block_size=settings.block_size, most=settings.prefill_chunk_tokens)
         self._arrivals = 0
         self._steps = self._prefill_tokens = self._decode_tokens = self._partial_prefills = self._largest_batch = 0
         self._step_s = 0.0
 
     @property
     def has_work(self) -> bool:
+        """Whether step() would do anything. If not, only another call can change that, even if requests wait."""
         return self.scheduler.has_work
 
-    def validate(self, request: EngineRequest) -> None:
+    def now(self) -> float:
+        return self._clock()
+
+    def validate(self, request: EngineRequest, purpose: Purpose = Purpose.GENERATE) -> None:
         """Raises InvalidRequest for anything about the request that this engine could never serve. Reads only constants."""
         prompt_length = len(request.prompt_token_ids)
         if prompt_length == 0:
@@ -101,6 +86,8 @@ class EngineCore:
         request.sampling.validate(vocab_size=self.vocab_size)
         if request.prefix_key is not None and len(request.prefix_key) != KEY_BYTES:
             raise InvalidRequest("prefix_key", f"has {len(request.prefix_key)} bytes, not {KEY_BYTES}", limit=KEY_BYTES)
+        if purpose is Purpose.PREFILL:
+            return  # the tokens after the first are another engine's
         room = self.max_model_len - prompt_length
         if request.sampling.max_tokens is not None and request.sampling.max_tokens > room:
             raise InvalidRequest(
@@ -109,8 +96,16 @@ class EngineCore:
                 limit=room,
             )
 
-    def add(self, request: EngineRequest) -> None:
-        """Queues a valid request. Its further choices join when the prompt has been computed."""
+    def validate_first_tokens(self, request: EngineRequest, first_tokens: Tokens[SampledToken]) -> None:
+        """Raises InvalidRequest unless there is one possible token for each choice. Reads only constants."""
+        num_choices = request.sampling.n
+        if len(first_tokens) != num_choices:
+            raise InvalidRequest("first_tokens", f"{len(first_tokens)} for {num_choices} choices", limit=num_choices)
+        for token in first_tokens:
+            check_token_id("first_tokens", token.token_id, self.vocab_size)
+
+    def add(self, request: EngineRequest, purpose: Purpose = Purpose.GENERATE, *, arrived_at: float | None = None) -> None:
+        """Queues a valid request. Its further choices join when the prompt has been computed, or has landed."""
         params = request.sampling
         prompt = list(request.prompt_token_ids)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
@@ -126,6 +121,8 @@ class EngineCore:
                 seed=draw_seed() if params.seed is None else params.seed,
                 stop_ids=stop_ids,
                 prefix_key=request.prefix_key or self.prefix_key,
+                purpose=purpose,
+                watch=PrefillWatch(self._clock() if arrived_at is None else arrived_at),
             )
         )
         self._arrivals += 1
@@ -134,15 +131,61 @@ class EngineCore:
         """Drops a request and frees its blocks; unknown ids are ignored, for an abort may cross the request's own end."""
         self.scheduler.abort(request_id)
 
-    def step(self) -> list[TokenEvent]:
-        """Computes one step; call only when has_work. Every event carries one token."""
+    def landed(self, request_id: str, first_tokens: Tokens[SampledToken]) -> list[Event]:
+        """The whole prompt of a reserved request is in its blocks, and these are its valid first tokens: decoding goes on here."""
+        first = self.scheduler.start(request_id, self.scheduler.reserved[request_id].prompt_length)
+        first.watch = None
+        group = [first, *further_choices(first)]
+        return [self._append(sequence, token) for sequence, token in zip(group, first_tokens, strict=True)]
+
+    def compute_here(self, request_id: str, num_landed_tokens: int = 0) -> None:
+        """Computes the prompt of a reserved request from the last block that has landed whole; nobody else writes there any more."""
+        sequence = self.scheduler.reserved[request_id]
+        # Landed or not, the block of the last token is computed: somebody has to make the logits.
+        num_landed_tokens = min(num_landed_tokens, sequence.prompt_length - 1)
+        self.scheduler.start(request_id, num_landed_tokens // self.block_size * self.block_size)
+        sequence.watch = PrefillWatch(self._clock())
+
+    def quarantine(self, request_id: str) -> None:
+        """Takes the blocks of a reserved request that are not cached out of circulation; the request waits again, to be computed here."""
+        sequence = self.scheduler.quarantine(request_id)
+        sequence.watch = PrefillWatch(self._clock())
+
+    def lift_quarantine(self, block_ids: Tokens[int]) -> None:
+        """Nobody writes into these blocks any more."""
+        self.pool.lift_quarantine(block_ids)
+
+    def step(self, announce: Callable[[list[Event]], None] | None = None) -> list[Event]:
+        """Computes one step; call only when has_work.
+
+        `announce` gets what admission alone has brought (Reserved, the cached part of a prefill) before the computation, so that blocks
+        can travel meanwhile; without it these events come first in the result.
+        """
         started = self._clock()
         chunks = self.scheduler.schedule()
-        rows, samplers = self._sample_rows(chunks)
-        sampled = self._runner.execute(self._batch(chunks), rows)
+        events = self._admission_events()
+        if events and announce:
+            announce(events)
+            events = []
+        if not chunks:
+            return events
+        model_s = self._runner.model_s
+        rows, samplers = sample_rows(chunks)
+        batch = make_batch(chunks, self.block_size)
+        sampled = self._runner.execute(batch, rows)
+        self._watch(chunks, started, self._runner.model_s - model_s)
         for chunk in chunks:
             self.scheduler.computed(chunk)
-        events = [self._append(sequence, token) for sequence, token in zip(samplers, sampled, strict=True)]
+        handed_over: dict[str, list[SampledToken]] = {}
+        for sequence, token in zip(samplers, sampled, strict=True):
+            if sequence.purpose is Purpose.PREFILL:
+                handed_over.setdefault(sequence.request_id, []).append(token)
+            else:
+                events.append(self._append(sequence, token))
+        for chunk in chunks:
+            if chunk.sequence.purpose is Purpose.PREFILL:
+                events.append(self._progress(chunk.sequence, handed_over.get(chunk.sequence.request_id)))
+        self._partial_prefills += len(chunks) - len(batch.logit_rows)
         self._account(chunks, self._clock() - started)
         return events
 
@@ -152,19 +195,22 @@ class EngineCore:
         Whatever is compiled or allocated by a first call is so before the first request.
         """
         assert self.pool.num_free == self.pool.num_blocks
-        num_tokens = min(self._settings.block_size, self.max_model_len)
-        prompt, token = _trial_batch(np.arange(num_tokens)), _trial_batch(np.arange(num_tokens - 1, num_tokens))
+        num_tokens = min(self.block_size, self.max_model_len)
+        prompt, token = trial_batch(np.arange(num_tokens)), trial_batch(np.arange(num_tokens - 1, num_tokens))
         for batch in (prompt, token):
             self._runner.execute(batch, [])
         started = self._clock()
         self._runner.execute(prompt, [])
-        affordable = int(LONG_STEP_S * num_tokens / max(self._clock() - started, 1e-6))
-        self.scheduler.prefill_chunk_tokens = min(max(affordable, self._settings.block_size), self._settings.prefill_chunk_tokens)
+        self._pacer.calibrate(num_tokens, self._clock() - started)
+        self.scheduler.prefill_chunk_tokens = self._pacer.chunk_tokens
 
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
+            num_reserved=len(self.scheduler.reserved),
+            num_held=len(self.scheduler.held),
+            uncomputed_prompt_tokens=self.scheduler.num_uncomputed_prompt_tokens,
             blocks_total=self.pool.num_blocks,
             blocks_free=self.pool.num_free,
             blocks_cached=self.pool.num_cached,
@@ -182,51 +228,57 @@ class EngineCore:
             model_s=self._runner.model_s,
         )
 
-    def _batch(self, chunks: list[ScheduledChunk]) -> StepBatch:
-        block_size = self._settings.block_size
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        logit_rows: list[int] = []
-        for chunk in chunks:
-            sequence, start = chunk.sequence, chunk.sequence.num_computed
-            end = start + chunk.num_tokens
-            token_ids.extend(sequence.tokens[start:end])
-            positions.extend(range(start, end))
-            slots.extend(sequence.block_ids[p // block_size] * block_size + p % block_size for p in range(start, end))
-            if end == len(sequence.tokens):
-                logit_rows.append(len(token_ids) - 1)
-        return StepBatch(
-            token_ids=np.array(token_ids, dtype=np.int64),
-            positions=np.array(positions, dtype=np.int64),
-            slots=np.array(slots, dtype=np.int64),
-            query_lens=[chunk.num_tokens for chunk in chunks],
-            context_lens=[chunk.sequence.num_computed + chunk.num_tokens for chunk in chunks],
-            block_tables=[chunk.sequence.block_ids for chunk in chunks],
-            logit_rows=np.array(logit_rows, dtype=np.int64),
+    def _admission_events(self) -> list[Event]:
+        """What the requests that were just admitted have for others to begin with."""
+        events: list[Event] = []
+        for sequence in self.scheduler.admitted:
+            if sequence.purpose is Purpose.RECEIVE:
+                assert sequence.watch is not None
+                events.append(
+                    Reserved(
+                        request_id=sequence.request_id,
+                        block_ids=tuple(sequence.block_ids),
+                        num_cached_tokens=sequence.num_computed,
+                        queue_s=self._clock() - sequence.watch.queued_at,
+                    )
+                )
+            elif sequence.purpose is Purpose.PREFILL and sequence.num_computed:
+                events.append(self._progress(sequence, None))
+        return events
+
+    def _watch(self, chunks: list[ScheduledChunk], started_at: float, model_s: float) -> None:
+        """Adds the step to the timing of the prompts that it computed a part of."""
+        watched = [(chunk.sequence.watch, chunk.num_tokens) for chunk in chunks if chunk.sequence.watch is not None]
+        if watched:
+            num_tokens = sum(chunk.num_tokens for chunk in chunks)
+            for watch, num_own in watched:
+                watch.add_chunk(started_at, model_s * num_own / num_tokens)
+
+    def _take_timing(self, sequence: Sequence) -> PrefillTiming | None:
+        """The timing of a prompt whose first token has just been sampled."""
+        if sequence.watch is None:
+            return None
+        timing = sequence.watch.timing(self._clock())
+        sequence.watch = None
+        return timing
+
+    def _progress(self, sequence: Sequence, first_tokens: list[SampledToken] | None) -> PrefillProgress:
+        """How far a prefill for others is; with its first tokens it is done, and its blocks are held."""
+        timing = None
+        if first_tokens is not None:
+            timing = self._take_timing(sequence)
+            self.scheduler.hold(sequence)
+        return PrefillProgress(
+            request_id=sequence.request_id,
+            num_computed_tokens=sequence.num_computed,
+            block_ids=tuple(sequence.block_ids),
+            cached_tokens=sequence.cached_tokens or 0,
+            first_tokens=None if first_tokens is None else tuple(first_tokens),
+            timing=timing,
         )
 
-    def _sample_rows(self, chunks: list[ScheduledChunk]) -> tuple[list[SampleRow], list[Sequence]]:
-        """A row for every sequence whose last token this step computes, and one for each further choice that starts there."""
-        rows: list[SampleRow] = []
-        samplers: list[Sequence] = []
-        logit_row = 0
-        for chunk in chunks:
-            sequence = chunk.sequence
-            if chunk.num_tokens < sequence.num_uncomputed:
-                self._partial_prefills += 1
-                continue
-            group = [sequence]
-            if sequence.choice == 0 and sequence.num_output_tokens == 0:
-                group += [_further_choice(sequence, choice) for choice in range(1, sequence.sampling.n)]
-            for member in group:
-                rows.append(_sample_row(member, logit_row))
-                samplers.append(member)
-            logit_row += 1
-        return rows, samplers
-
     def _append(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
-        """Adds a sampled token to its sequence and ends, queues or keeps it."""
+        """Adds a sampled token, or one that a peer has sampled, to its sequence and ends, queues or keeps it."""
         is_new_choice = sequence.choice > 0 and sequence.num_output_tokens == 0
         sequence.tokens.append(token.token_id)
         finish_reason = None
@@ -246,6 +298,7 @@ class EngineCore:
             logprobs=token.logprobs,
             finish_reason=finish_reason,
             cached_tokens=sequence.cached_tokens or 0,
+            prefill=self._take_timing(sequence),
         )
 
     def _account(self, chunks: list[ScheduledChunk], seconds: float) -> None:
@@ -255,51 +308,6 @@ class EngineCore:
         prefill_tokens = sum(chunk.num_tokens for chunk in chunks if chunk.num_tokens > 1)
         self._prefill_tokens += prefill_tokens
         self._decode_tokens += sum(chunk.num_tokens == 1 for chunk in chunks)
-        scheduler, most = self.scheduler, self._settings.prefill_chunk_tokens
-        if prefill_tokens and seconds > LONG_STEP_S:
-            scheduler.prefill_chunk_tokens = max(scheduler.prefill_chunk_tokens // 2, min(self._settings.block_size, most))
-        elif prefill_tokens and seconds < LONG_STEP_S / 4:
-            scheduler.prefill_chunk_tokens = min(scheduler.prefill_chunk_tokens * 2, most)
-
-
-def _trial_batch(positions: npt.NDArray[np.int64]) -> StepBatch:
-    """The given positions of one sequence that owns block 0."""
-    return StepBatch(
-        token_ids=np.zeros_like(positions),
-        positions=positions,
-        slots=positions,
-        query_lens=[len(positions)],
-        context_lens=[int(positions[-1]) + 1],
-        block_tables=[[0]],
-        logit_rows=np.empty(0, dtype=np.int64),
-    )
-
-
-def _further_choice(first: Sequence, choice: int) -> Sequence:
-    """Choice 1 … n - 1 of a request whose prompt has just been computed for choice 0."""
-    return Sequence(
-        request_id=first.request_id,
-        choice=choice,
-        order=(first.order[0], choice),
-        tokens=list(first.tokens),
-        prompt_length=first.prompt_length,
-        max_tokens=first.max_tokens,
-        sampling=first.sampling,
-        seed=choice_seed(first.seed, choice),
-        stop_ids=first.stop_ids,
-        prefix_key=first.prefix_key,
-        cached_tokens=first.cached_tokens,
-    )
-
-
-def _sample_row(sequence: Sequence, logit_row: int) -> SampleRow:
-    held_back = sequence.stop_ids if sequence.num_output_tokens < sequence.sampling.min_tokens else frozenset[int]()
-    return SampleRow(
-        logit_row=logit_row,
-        params=sequence.sampling,
-        seed=sequence.seed,
-        position=len(sequence.tokens),
-        tokens=sequence.tokens,
-        prompt_length=sequence.prompt_length,
-        held_back=held_back,
-    )
+        if prefill_tokens:
+            self._pacer.took(seconds)
+            self.scheduler.prefill_chunk_tokens = self._pacer.chunk_tokens

@@ -1,9 +1,16 @@
-"""The engine as an event loop sees it: submit a request, stream its events, abort it. One thread owns torch; the loop never waits for it.
+"""The engine as an event loop sees it: requests go in, events come out. One thread owns torch; the loop never waits for it.
 
-    loop thread                              engine thread
-    submit ─ command ─▶ inbox ─▶ core.add
-    abort  ─ command ─▶ inbox ─▶ core.abort
-    stream ◀─ one wake-up per step ── core.step ── events
+    loop thread                                      engine thread
+    submit, reserve, prefill ─ command ─▶ inbox ─▶ core.add
+    landed, compute_here, …  ─ command ─▶ inbox ─▶ core.landed, …
+    listeners ◀────── one wake-up per step ─────── core.step ── events, changes of the prefix cache
+
+A request whose prompt another engine computes is reserved here, and computed there by prefill(); somebody else copies the blocks.
+
+    reserve ─▶ Reserved ─┬─ landed ────────▶ decoding, from the first tokens that came with the blocks
+                         ├─ compute_here ──▶ prompt computed here, from the last block that has landed whole
+                         ├─ quarantine ────▶ a peer may still write: other blocks, and the prompt computed here
+                         └─ abort
 
 Knows nothing of the network. All public calls are made on one event loop.
 """
@@ -16,31 +23,35 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Self
 
 from services.core.errors import EngineStopped, InvalidRequest, QueueFull, UnknownRequest
-from services.core.types import FinishReason, TokenEvent
-from services.engine.core import EngineCore, EngineStats
-from services.engine.sequence import EngineRequest
+from services.core.types import SampledToken, TokenEvent
+from services.engine.core import EngineCore
+from services.engine.delivery import Delivery, OpenRequest, abort_events
+from services.engine.events import Event, Listener, OnBlocks, PrefillProgress, Reserved
+from services.engine.sequence import EngineRequest, Purpose
+from services.engine.stats import EngineStats
 
 _log = logging.getLogger(__name__)
-
-
-class _Stream:
-    """Events of one request on their way to its reader; bounded by the request's own number of tokens."""
-
-    def __init__(self, num_choices: int) -> None:
-        self.events: asyncio.Queue[TokenEvent | EngineStopped] = asyncio.Queue()
-        self.unfinished = set(range(num_choices))  # choices whose end has not been put into `events`
+Command = Callable[[], Sequence[Event] | None]
 
 
 class Engine:
-    """`async with Engine(core) as engine`. Leaving closes it: running requests end with EngineStopped."""
+    """`async with Engine(core) as engine`. Leaving closes it: running requests end with EngineStopped.
 
-    def __init__(self, core: EngineCore, *, max_num_requests: int) -> None:
+    A listener is called on the loop, once for each step that made events for its requests, never from inside a call of this class. Its
+    last event is EngineStopped if the engine ends while it has requests. It must not raise.
+    """
+
+    def __init__(self, core: EngineCore, *, max_num_requests: int, on_blocks: OnBlocks | None = None) -> None:
         self._core = core
         self._max_num_requests = max_num_requests
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: stop
-        self._streams: dict[str, _Stream] = {}
+        self._on_blocks = on_blocks
+        if on_blocks:
+            core.pool.track_changes()
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()  # None: stop
+        self._delivery = Delivery()
         # Ids of aborted requests that the running step may still compute for: nobody else may have them yet.
         self._aborting: set[str] = set()
+        self._quarantined: set[int] = set()
         self._stopped: EngineStopped | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -54,7 +65,7 @@ class Engine:
         try:
             await asyncio.to_thread(self._thread.join)
         finally:
-            self._end_streams(EngineStopped("the engine is closed"))
+            self._end(EngineStopped("the engine is closed"))
 
     @property
     def max_model_len(self) -> int:
@@ -64,65 +75,140 @@ class Engine:
     def vocab_size(self) -> int:
         return self._core.vocab_size
 
-    def submit(self, request: EngineRequest) -> None:
-        """Takes a request in; its events come from stream().
+    def submit(self, request: EngineRequest, *, listener: Listener | None = None) -> None:
+        """Takes a request in; its events go to the listener, or come from stream().
 
         Raises InvalidRequest for what could never be served, QueueFull when the engine holds max_num_requests, EngineStopped.
         """
-        if self._stopped:
-            raise self._stopped
-        self._core.validate(request)
-        if request.request_id in self._streams or request.request_id in self._aborting:
-            raise InvalidRequest("request_id", f"{request.request_id!r} is in use")
-        if len(self._streams) >= self._max_num_requests:
-            raise QueueFull(f"{len(self._streams)} requests are running or waiting, which is the limit")
-        self._streams[request.request_id] = _Stream(request.sampling.n)
-        self._inbox.put(lambda: self._core.add(request))
+        self._take_in(request, Purpose.GENERATE, listener)
 
     async def stream(self, request_id: str) -> AsyncGenerator[TokenEvent, None]:
-        """The request's events until all its choices have ended; to be read once. Leaving early aborts the request.
+        """The events of a request without listener until all its choices have ended; to be read once. Leaving early aborts the request.
 
         Raises UnknownRequest, and EngineStopped when the engine ends first.
         """
-        stream = self._streams.get(request_id)
-        if stream is None:
-            raise self._stopped or UnknownRequest(f"no request {request_id!r} is running here")
+        opened = self._delivery.get(request_id)
+        if opened is None or opened.stream is None:
+            raise self._stopped or UnknownRequest(f"no request {request_id!r} is to be read here")
+        num_open = opened.request.sampling.n
         try:
-            while stream.unfinished or not stream.events.empty():
-                event = await stream.events.get()
-                if isinstance(event, EngineStopped):
-                    raise event
+            while num_open:
+                event = await opened.stream.next()
+                assert isinstance(event, TokenEvent)
+                num_open -= event.finish_reason is not None
                 yield event
         finally:
-            self._abort(request_id, stream)
+            self._close(opened)
+
+    async def prefill(self, request: EngineRequest) -> AsyncGenerator[PrefillProgress, None]:
+        """Computes a prompt and samples the first token of every choice, for another engine to go on from.
+
+        An event for what was cached, then one for each step that computed a part; the last one has the first tokens. The blocks stay
+        owned until the generator ends or is closed: keep it at its last event until they have been copied. Leaving early aborts.
+        Raises what submit() does, from its first event, and EngineStopped. It ends without first tokens when it is aborted from elsewhere.
+        """
+        opened = self._take_in(request, Purpose.PREFILL, None)
+        assert opened.stream is not None
+        try:
+            is_computed = False
+            while not is_computed:
+                event = await opened.stream.next()
+                if not isinstance(event, PrefillProgress):
+                    break
+                is_computed = event.first_tokens is not None
+                yield event
+        finally:
+            self._close(opened)
+
+    def reserve(self, request: EngineRequest, *, listener: Listener) -> None:
+        """Takes in a request whose prompt somebody else will compute. It waits like any other; the listener hears Reserved when it has its
+        place and its blocks. Then comes one of landed, compute_here, quarantine and abort. Until then it keeps others from both.
+
+        Raises what submit() does.
+        """
+        self._take_in(request, Purpose.RECEIVE, listener)
+
+    def landed(self, request_id: str, first_tokens: Sequence[SampledToken]) -> None:
+        """Keys and values of the whole prompt are in the reserved blocks; goes on after the given first token of each choice.
+
+        Raises InvalidRequest, and changes nothing, unless there is one possible token for each choice. Unknown ids are ignored.
+        """
+        if opened := self._delivery.get(request_id):
+            self._core.validate_first_tokens(opened.request, first_tokens)
+            self._take_reserved(opened)
+            tokens = tuple(first_tokens)
+            self._inbox.put(lambda: self._core.landed(request_id, tokens))
+
+    def compute_here(self, request_id: str, *, num_landed_tokens: int = 0) -> None:
+        """Computes a reserved prompt here after all, from the last block that has landed whole. Nobody may write there any more.
+
+        num_landed_tokens   from the start of the prompt, cached ones included
+        Unknown ids are ignored.
+        """
+        if opened := self._delivery.get(request_id):
+            self._take_reserved(opened)
+            self._inbox.put(lambda: self._core.compute_here(request_id, num_landed_tokens))
+
+    def quarantine(self, request_id: str, *, abort: bool = False) -> tuple[int, ...]:
+        """Gives up a reserved request's blocks while a peer may still write into them; returns those, to be lifted when it cannot.
+
+        The request waits again, at its old place, to be computed here; with `abort` it ends as by abort(). Unknown ids: no blocks.
+        """
+        opened = self._delivery.get(request_id)
+        if opened is None:
+            return ()
+        reserved = self._take_reserved(opened)
+        block_ids = reserved.block_ids[reserved.num_cached_tokens // self._core.block_size :]
+        self._quarantined.update(block_ids)
+        self._inbox.put(lambda: self._core.quarantine(request_id))
+        if abort:
+            self._close(opened)
+        return block_ids
+
+    def lift_quarantine(self, block_ids: Sequence[int]) -> None:
+        """Nobody writes into these blocks any more."""
+        lifted = frozenset(block_ids)
+        assert lifted <= self._quarantined
+        self._quarantined -= lifted
+        self._inbox.put(lambda: self._core.lift_quarantine(tuple(lifted)))
 
     def abort(self, request_id: str) -> None:
-        """Ends a request: its stream ends now, with an ABORT for each open choice, and its blocks are free after the running step.
+        """Ends a request: nothing more is heard of it but an ABORT for each open choice, and its blocks are free after the running step.
 
-        Until then the id stays in use. Unknown ids are ignored.
+        Until then the id stays in use. Unknown ids are ignored. For a reserved one only when no peer writes any more; else quarantine().
         """
-        if stream := self._streams.get(request_id):
-            self._abort(request_id, stream)
+        if opened := self._delivery.get(request_id):
+            self._close(opened)
 
-    def _abort(self, request_id: str, stream: _Stream) -> None:
-        if self._streams.get(request_id) is not stream:
+    def stats(self) -> EngineStats:
+        """A snapshot; while a step runs some of its counters may be one step apart."""
+        return self._core.stats()
+
+    def _take_in(self, request: EngineRequest, purpose: Purpose, listener: Listener | None) -> OpenRequest:
+        if self._stopped:
+            raise self._stopped
+        self._core.validate(request, purpose)
+        if self._delivery.get(request.request_id) or request.request_id in self._aborting:
+            raise InvalidRequest("request_id", f"{request.request_id!r} is in use")
+        if len(self._delivery) >= self._max_num_requests:
+            raise QueueFull(f"{len(self._delivery)} requests are running or waiting, which is the limit")
+        opened = self._delivery.open(request, listener)
+        arrived_at = self._core.now()
+        self._inbox.put(lambda: self._core.add(request, purpose, arrived_at=arrived_at))
+        return opened
+
+    def _take_reserved(self, opened: OpenRequest) -> Reserved:
+        """What was reserved for a request; it is answered for only once."""
+        reserved, opened.reserved = opened.reserved, None
+        assert reserved is not None, f"{opened.request.request_id!r} is not reserved"
+        return reserved
+
+    def _close(self, opened: OpenRequest) -> None:
+        """Ends a request of which the core may still know; what was made for it meanwhile is not delivered."""
+        if not self._delivery.close(opened) or not opened.open_choices:
             return
-        del self._streams[request_id]
-        if not stream.unfinished:
-            return
-        for choice in sorted(stream.unfinished):
-            stream.events.put_nowait(
-                TokenEvent(
-                    request_id=request_id,
-                    choice=choice,
-                    token_id=None,
-                    position=None,
-                    logprobs=None,
-                    finish_reason=FinishReason.ABORT,
-                    cached_tokens=0,
-                )
-            )
-        stream.unfinished.clear()
+        request_id = opened.request.request_id
+        self._loop.call_soon(opened.listener, abort_events(opened))
         self._aborting.add(request_id)
 
         def drop() -> None:
@@ -131,45 +217,45 @@ class Engine:
 
         self._inbox.put(drop)
 
-    def stats(self) -> EngineStats:
-        """A snapshot; while a step runs some of its counters may be one step apart."""
-        return self._core.stats()
-
     def _run(self) -> None:
-        """The engine thread: commands between steps, steps while there is work."""
+        """The engine thread: commands between steps, steps while there is something to do."""
         try:
             while self._obey(wait=not self._core.has_work):
                 if self._core.has_work:
-                    events = self._core.step()
-                    if events:
-                        self._loop.call_soon_threadsafe(self._deliver, events)
+                    self._post(self._core.step(announce=self._post))
         except Exception:
             # Whatever broke, no request may hang: they all learn that the engine is gone, and the details stay in the log.
             _log.exception("the engine thread died")
-            self._loop.call_soon_threadsafe(self._end_streams, EngineStopped("the engine failed"))
+            self._loop.call_soon_threadsafe(self._end, EngineStopped("the engine failed"))
 
     def _obey(self, *, wait: bool) -> bool:
         """Carries out all commands that have come in, waiting for one if there is nothing else to do. False: stop."""
-        while True:
+        events: list[Event] = []
+        goes_on = True
+        while goes_on:
             try:
                 command = self._inbox.get(block=wait)
             except queue.Empty:
-                return True
+                break
             if command is None:
-                return False
-            command()
+                goes_on = False
+            else:
+                events += command() or ()
             wait = False
+        self._post(events)
+        return goes_on
 
-    def _deliver(self, events: Sequence[TokenEvent]) -> None:
-        for event in events:
-            stream = self._streams.get(event.request_id)
-            if stream is not None:  # else aborted while the step ran
-                if event.finish_reason is not None:
-                    stream.unfinished.discard(event.choice)
-                stream.events.put_nowait(event)
+    def _post(self, events: Sequence[Event]) -> None:
+        """Hands events and changes of the prefix cache to the loop, if there are any."""
+        stored, removed = self._core.pool.drain_changes()
+        if events or stored or removed:
+            self._loop.call_soon_threadsafe(self._deliver, events, stored, removed)
 
-    def _end_streams(self, reason: EngineStopped) -> None:
+    def _deliver(self, events: Sequence[Event], stored: list[bytes], removed: list[bytes]) -> None:
+        self._delivery.deliver(events)
+        if self._on_blocks and (stored or removed):
+            self._on_blocks(stored, removed)
+
+    def _end(self, reason: EngineStopped) -> None:
         self._stopped = self._stopped or reason
-        for stream in self._streams.values():
-            stream.events.put_nowait(self._stopped)
-        self._streams.clear()
+        self._delivery.end(self._stopped)

@@ -1,6 +1,8 @@
 """From a checkpoint directory to an engine that can run: the one place where all the engine's parts are put together."""
 
+import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +27,14 @@ class LoadedModel:
     dtype: torch.dtype
 
 
-def load_model(directory: Path, settings: EngineSettings) -> LoadedModel:
-    """Loads a checkpoint. Raises CheckpointError for what is wrong with it and InvalidRequest for settings that do not fit it."""
+def load_model(
+    directory: Path, settings: EngineSettings, *, allocate_kv: Callable[[int, int], memoryview | mmap.mmap | bytearray] | None = None
+) -> LoadedModel:
+    """Loads a checkpoint.
+
+    allocate_kv   makes the KV pool's memory from (number of blocks, bytes of each): zeroed, writable, block after block. None: torch does
+    Raises CheckpointError for what is wrong with the checkpoint and InvalidRequest for settings that do not fit it.
+    """
     settings.validate()
     if not directory.is_dir():
         raise CheckpointError("no such checkpoint directory", path=str(directory))
@@ -47,7 +55,8 @@ def load_model(directory: Path, settings: EngineSettings) -> LoadedModel:
     num_blocks = min(settings.kv_memory_bytes // block_bytes, most_blocks)
     if num_blocks < 1:
         raise InvalidRequest("kv_memory_bytes", f"{settings.kv_memory_bytes} is less than one block", limit=block_bytes)
-    runner = ModelRunner(decoder, block_size=settings.block_size, num_blocks=num_blocks)
+    kv_buffer = memoryview(allocate_kv(num_blocks, block_bytes)) if allocate_kv else None
+    runner = ModelRunner(decoder, block_size=settings.block_size, num_blocks=num_blocks, kv_buffer=kv_buffer)
     core = EngineCore(
         runner,
         settings,

@@ -8,19 +8,23 @@ from collections.abc import Sequence
 
 import torch
 
+from services.core.types import SampledToken
 from services.engine.batch import StepBatch
 from services.engine.models.decoder import Decoder
-from services.engine.sampler import SampledToken, SampleRow, sample
+from services.engine.sampler import SampleRow, sample
 
 
 class ModelRunner:
-    """Owns the pool's memory. `model_s` is the time spent inside the decoder, for the books on overhead."""
+    """Owns the pool, whose memory may come from outside. `model_s` is the time spent inside the decoder, for the books on overhead."""
 
-    def __init__(self, decoder: Decoder, *, block_size: int, num_blocks: int) -> None:
+    def __init__(self, decoder: Decoder, *, block_size: int, num_blocks: int, kv_buffer: memoryview | None = None) -> None:
         self.decoder = decoder
         self.layout = decoder.kv_layout(block_size)
         self.num_blocks = num_blocks
-        self.pool = self.layout.allocate(num_blocks, torch.device("cpu"))
+        if kv_buffer is None:
+            self.pool = self.layout.allocate(num_blocks, torch.device("cpu"))
+        else:
+            self.pool = self.layout.over(kv_buffer, num_blocks)
         self.model_s = 0.0
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 import kernels
-from services.core.types import SamplingParams, TokenLogprobs
+from services.core.types import SampledToken, SamplingParams, TokenLogprobs
 
 # top-p rarely keeps more tokens than this; only rows that do are sorted whole.
 NUM_CANDIDATES = 256
@@ -40,12 +40,6 @@ class SampleRow:
     @property
     def is_adjusted(self) -> bool:
         return bool(self.held_back or self.params.logit_bias or self.params.has_penalties)
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    token_id: int
-    logprobs: TokenLogprobs | None
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:

@@ -5,6 +5,14 @@ order of arrival, and admits waiting sequences while there are slots, blocks and
 youngest running one is preempted: it loses its blocks, waits at its old place in the queue, and is computed again later (its sealed blocks
 may still be cached then). The oldest sequence is never preempted and never passed over, so everything that fits the pool alone finishes.
 
+    waiting ──admit──▶ running ──finish──▶           a prompt computed here; ◀──preempt── gives way to an older one
+    waiting ──admit──▶ running ──hold──▶ held        prefill only: its blocks are read by others until it is finished
+    waiting ──admit──▶ reserved ──start──▶ running   a peer fills its blocks; ──quarantine──▶ waiting when the peer cannot be stopped
+
+Others read or write the blocks of whoever is held, reserved or computes a prefill for somebody: these are never preempted. While they hold
+all blocks even the oldest sequence may have to wait, and schedule() comes back empty. Each of them ends by a call from outside, and none of
+them waits for a block (all are taken at admission), so once those calls come everything finishes.
+
 Knows nothing of tensors or time. Source: iteration-level scheduling (Orca, Yu et al. 2022), chunked prefill (Sarathi, Agrawal et al.
 2023), preemption by recompute (vLLM, Kwon et al. 2023).
 """
@@ -13,7 +21,7 @@ import bisect
 from dataclasses import dataclass
 
 from services.engine.block_pool import BlockPool
-from services.engine.sequence import Sequence
+from services.engine.sequence import Purpose, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +42,22 @@ class Scheduler:
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.waiting: list[Sequence] = []  # both lists are sorted by `order`
         self.running: list[Sequence] = []
+        self.reserved: dict[str, Sequence] = {}  # by request id; they take a place in the batch, but are not computed yet
+        self.held: dict[str, Sequence] = {}  # by request id; they take blocks only
+        self.admitted: list[Sequence] = []  # by the last schedule()
         self.num_preemptions = 0
         self.num_cached_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        """Whether schedule() would do anything. If not, and somebody waits, only another call can change that."""
+        return bool(self.running) or (bool(self.waiting) and self._has_place and self._find_blocks(self.waiting[0]) is not None)
+
+    @property
+    def num_uncomputed_prompt_tokens(self) -> int:
+        """Of sequences without a token yet whose prompts are computed here."""
+        sequences = [*self.running, *self.waiting]  # a copy at one blow: other threads may ask
+        return sum(s.num_uncomputed for s in sequences if s.num_output_tokens == 0 and s.purpose is not Purpose.RECEIVE)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence at the place its order gives it."""
@@ -47,25 +65,56 @@ class Scheduler:
 
     def abort(self, request_id: str) -> list[Sequence]:
         """Drops all sequences of a request and frees their blocks; returns them."""
-        dropped = [sequence for sequence in self.waiting + self.running if sequence.request_id == request_id]
+        everybody = [*self.waiting, *self.running, *self.reserved.values(), *self.held.values()]
+        dropped = [sequence for sequence in everybody if sequence.request_id == request_id]
         for sequence in dropped:
             self.finish(sequence)
         return dropped
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is; its sealed blocks stay cached."""
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        else:
+            del (self.reserved if sequence.request_id in self.reserved else self.held)[sequence.request_id]
         self._release_blocks(sequence)
 
+    def hold(self, sequence: Sequence) -> None:
+        """Stops computing a sequence whose blocks others still read."""
+        self.running.remove(sequence)
+        self.held[sequence.request_id] = sequence
+
+    def start(self, request_id: str, num_landed_tokens: int) -> Sequence:
+        """A reserved sequence joins those that are computed here; its first tokens, cached ones included, have landed."""
+        sequence = self.reserved.pop(request_id)
+        sequence.purpose = Purpose.GENERATE
+        self._advance(sequence, max(num_landed_tokens, sequence.num_computed))
+        bisect.insort(self.running, sequence, key=_order)
+        return sequence
+
+    def quarantine(self, request_id: str) -> Sequence:
+        """Takes a reserved sequence's blocks away, into quarantine where a peer may still write; it waits again, to be computed here."""
+        sequence = self.reserved.pop(request_id)
+        self.pool.quarantine(sequence.block_ids[sequence.num_sealed :])
+        del sequence.block_ids[sequence.num_sealed :]
+        self._release_blocks(sequence)
+        sequence.purpose = Purpose.GENERATE
+        self.add(sequence)
+        return sequence
+
     def schedule(self) -> list[ScheduledChunk]:
-        """The work of the next step, sequences with one token first. Empty only when nothing waits or runs."""
+        """The work of the next step, sequences with one token first. Empty only when nobody runs, not even after it; see has_work."""
+        self.admitted = []
         decodes: list[ScheduledChunk] = []
         preempted = False
         for sequence in list(self.running):
             if sequence not in self.running or sequence.num_uncomputed != 1:
                 continue  # preempted by an older one just now, or still in its prompt
             while not self._has_room(sequence):
-                victim = self.running[-1]
+                # `sequence` itself if there is no younger one; one that computes a prefill for others has all its blocks.
+                victim = next(other for other in reversed(self.running) if other.purpose is Purpose.GENERATE)
                 self._preempt(victim)
                 preempted = True
                 if victim is sequence:
@@ -79,10 +128,13 @@ class Scheduler:
                 num_tokens = min(sequence.num_uncomputed, budget)
                 budget -= num_tokens
                 prefills.append(ScheduledChunk(sequence, num_tokens))
-        while not preempted and self.waiting and budget and len(self.running) < self.max_num_seqs:
+        while not preempted and self.waiting and self._has_place:
             sequence = self.waiting[0]
-            if not self._admit(sequence):
+            is_computed_here = sequence.purpose is not Purpose.RECEIVE
+            if (is_computed_here and not budget) or not self._admit(sequence):
                 break  # nobody overtakes: a long prompt would starve behind short ones
+            if not is_computed_here:
+                continue
             num_tokens = min(sequence.num_uncomputed, budget)
             budget -= num_tokens
             prefills.append(ScheduledChunk(sequence, num_tokens))
@@ -91,8 +143,10 @@ class Scheduler:
 
     def computed(self, chunk: ScheduledChunk) -> None:
         """The chunk's keys and values are in the pool: publishes the blocks it filled."""
-        sequence = chunk.sequence
-        sequence.num_computed += chunk.num_tokens
+        self._advance(chunk.sequence, chunk.sequence.num_computed + chunk.num_tokens)
+
+    def _advance(self, sequence: Sequence, num_computed: int) -> None:
+        sequence.num_computed = num_computed
         num_full = sequence.num_computed // self.block_size
         if num_full > sequence.num_sealed:
             hashes = sequence.hash_full_blocks(self.block_size)
@@ -108,14 +162,24 @@ class Scheduler:
         sequence.block_ids.extend(self.pool.allocate(missing))
         return True
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Gives a waiting sequence the cached blocks of its prefix and new ones for all its tokens, or changes nothing."""
+    @property
+    def _has_place(self) -> bool:
+        return len(self.running) + len(self.reserved) < self.max_num_seqs
+
+    def _find_blocks(self, sequence: Sequence) -> tuple[list[int], int] | None:
+        """The cached blocks of a waiting sequence's prefix, and how many new ones all its tokens need; None if there is no room."""
         # At least one token is computed even if all blocks are cached: somebody has to make the logits.
         usable = (len(sequence.tokens) - 1) // self.block_size
         shared = self.pool.match_prefix(sequence.hash_full_blocks(self.block_size)[:usable])
         missing = self._num_blocks(len(sequence.tokens)) - len(shared)
-        if not self.pool.can_allocate(missing, shared=shared):
+        return (shared, missing) if self.pool.can_allocate(missing, shared=shared) else None
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence the cached blocks of its prefix and new ones for all its tokens, or changes nothing."""
+        found = self._find_blocks(sequence)
+        if found is None:
             return False
+        shared, missing = found
         self.pool.share(shared)
         sequence.block_ids = shared + self.pool.allocate(missing)
         sequence.num_sealed = len(shared)
@@ -124,7 +188,11 @@ class Scheduler:
         if sequence.cached_tokens is None:
             sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_length)
         self.waiting.remove(sequence)
-        bisect.insort(self.running, sequence, key=_order)
+        if sequence.purpose is Purpose.RECEIVE:
+            self.reserved[sequence.request_id] = sequence
+        else:
+            bisect.insort(self.running, sequence, key=_order)
+        self.admitted.append(sequence)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

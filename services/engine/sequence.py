@@ -1,10 +1,20 @@
 """A sequence: one choice of one request while the engine works on it. State only; the scheduler moves it."""
 
+import enum
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from services.core.prefix_hash import ROOT, chain_hashes, pack_tokens
 from services.core.types import SamplingParams
+from services.engine.timing import PrefillWatch
+
+
+class Purpose(enum.Enum):
+    """What a sequence is here for; only what generates may be preempted, for others read or write the blocks of the rest."""
+
+    GENERATE = "generate"  # its prompt is computed here, and all its tokens
+    PREFILL = "prefill"  # its prompt and first tokens; then its blocks are held until somebody has copied them
+    RECEIVE = "receive"  # its prompt's blocks are filled by somebody else, then it generates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +35,7 @@ class Sequence:
     tokens          prompt and output; tokens[:num_computed] have K and V in block_ids
     block_hashes    hashes of the full blocks of `tokens`, as far as they have been needed
     num_sealed      leading blocks whose content is published in the pool
+    watch           measures the prefill until the first token; None afterwards, and for further choices
     stop_ids        tokens that end the sequence
     """
 
@@ -38,12 +49,13 @@ class Sequence:
     seed: int
     stop_ids: frozenset[int]
     prefix_key: bytes
+    purpose: Purpose = Purpose.GENERATE
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_sealed: int = 0
     cached_tokens: int | None = None  # None until first admitted
-    aborted: bool = False
+    watch: PrefillWatch | None = None
 
     @property
     def num_output_tokens(self) -> int:

@@ -51,7 +51,7 @@ class _TokenizerFile(msgspec.Struct):
 
 
 class Tokenizer:
-    """Encodes and decodes with the files of one checkpoint; immutable, so threads may share it."""
+    """Encodes and decodes with the files of one checkpoint; threads may share it."""
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class Tokenizer:
         self._decoder_steps = tuple(decoder_steps)
         self._special_tokens = dict(special_tokens)
         self._chat_template = chat_template
+        self._token_bytes: dict[bool, dict[int, bytes]] = {True: {}, False: {}}  # by skip_special_tokens; detokenizers fill them
         self._hidden_tokens = frozenset(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
 
     @classmethod
@@ -140,7 +141,7 @@ class Tokenizer:
             return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
         if self._decoder_steps == ("ByteLevel",):
-            return ByteLevelDetokenizer(visible_token)
+            return ByteLevelDetokenizer(visible_token, self._token_bytes[skip_special_tokens])
         return WindowDetokenizer(
             visible_token,
             decode,

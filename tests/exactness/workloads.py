@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import kernels
-from services.core.types import FinishReason, SamplingParams, TokenEvent
+from services.core.types import FinishReason, SampledToken, SamplingParams, TokenEvent
 from services.engine.batch import StepBatch
-from services.engine.core import EngineCore, EngineStats
+from services.engine.core import EngineCore
 from services.engine.model_runner import ModelRunner
 from services.engine.models.decoder import Decoder
-from services.engine.sampler import SampledToken, SampleRow, _adjust, filter_logits, sample
+from services.engine.sampler import SampleRow, _adjust, filter_logits, sample
 from services.engine.sequence import EngineRequest
 from services.engine.settings import EngineSettings
+from services.engine.stats import EngineStats
 
 BLOCK_SIZE = 16
 LONGEST_PROMPT = 200
@@ -211,7 +212,8 @@ def run(
             before_step(step, outputs)
         if core.has_work:
             for event in core.step():
-                _take(event, outputs[event.request_id, event.choice], prompt_lengths[event.request_id])
+                assert isinstance(event, TokenEvent)
+                take(event, outputs[event.request_id, event.choice], prompt_lengths[event.request_id])
             if step % 8 == 0:
                 stats = core.stats()
                 assert stats.blocks_free + stats.blocks_cached + stats.blocks_owned + stats.blocks_quarantined == stats.blocks_total
@@ -222,7 +224,8 @@ def run(
     return outputs
 
 
-def _take(event: TokenEvent, output: Output, prompt_length: int) -> None:
+def take(event: TokenEvent, output: Output, prompt_length: int) -> None:
+    """Adds an event to what its choice has returned; nothing may be lost, come twice or come after the end."""
     assert output.finish_reason is None
     assert event.token_id is not None
     assert event.position == prompt_length + len(output.tokens)

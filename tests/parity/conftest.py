@@ -10,6 +10,9 @@ from services.engine.model_config import load_model_config
 from services.engine.models.decoder import Decoder
 from services.engine.weights import WeightReader
 from tests.checkpoints import CONTEXT_TOKENS
+from tests.exactness.conftest import load_workload
+
+__all__ = ["load_workload"]  # the mesh is held to the same baseline as the engine
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,6 @@ def test_generate_when_several_choices_are_asked_for_prints_each() -> None:
         (("--local", "x", "--max-model-len", "4097"), 2, "error: max_model_len: 4097 is more than the checkpoint's 4096"),
         (("--local", "x", "--model", "nowhere"), 1, "error: nowhere: no such checkpoint directory"),
         (("--local", "x", "--model", "tests"), 1, "error: tests/config.json: no such file"),
-        (("x",), 2, "error: --local: is needed"),
     ],
 )
 def test_generate_when_the_input_is_bad_says_so_in_one_line(arguments: tuple[str, ...], status: int, message: str) -> None:

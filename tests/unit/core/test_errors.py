@@ -5,13 +5,42 @@ import pytest
 from services.core.errors import (
     BatonError,
     CheckpointError,
+    ChecksumMismatch,
+    ConfigurationError,
+    DeadlineExceeded,
+    Draining,
     EngineStopped,
+    Incompatible,
     InvalidRequest,
     OutOfBlocks,
+    Overloaded,
+    PeerUnavailable,
     QueueFull,
     ResourceExhausted,
+    TransferFenced,
+    Unavailable,
+    UnknownModel,
     UnknownRequest,
 )
+
+MADE_OF_A_MESSAGE = [
+    BatonError,
+    UnknownRequest,
+    UnknownModel,
+    ResourceExhausted,
+    QueueFull,
+    OutOfBlocks,
+    Overloaded,
+    Unavailable,
+    Draining,
+    PeerUnavailable,
+    EngineStopped,
+    DeadlineExceeded,
+    Incompatible,
+    TransferFenced,
+    ChecksumMismatch,
+]
+MAY_BE_RETRIED = [ResourceExhausted, QueueFull, OutOfBlocks, Overloaded, Unavailable, Draining, PeerUnavailable, EngineStopped]
 
 
 def _tree(error: type[BatonError]) -> list[type[BatonError]]:
@@ -23,11 +52,21 @@ def test_error_tree_when_walked_has_the_parents_drawn_in_the_module() -> None:
         BatonError: Exception,
         InvalidRequest: BatonError,
         UnknownRequest: BatonError,
+        UnknownModel: BatonError,
         ResourceExhausted: BatonError,
         QueueFull: ResourceExhausted,
         OutOfBlocks: ResourceExhausted,
+        Overloaded: ResourceExhausted,
+        Unavailable: BatonError,
+        Draining: Unavailable,
+        PeerUnavailable: Unavailable,
+        EngineStopped: Unavailable,
+        DeadlineExceeded: BatonError,
+        Incompatible: BatonError,
+        TransferFenced: BatonError,
+        ChecksumMismatch: BatonError,
         CheckpointError: BatonError,
-        EngineStopped: BatonError,
+        ConfigurationError: BatonError,
     }
 
 
@@ -36,7 +75,7 @@ def test_error_reasons_when_compared_are_all_different() -> None:
     assert len(set(reasons)) == len(reasons)
 
 
-@pytest.mark.parametrize("error", [BatonError, UnknownRequest, ResourceExhausted, QueueFull, OutOfBlocks, EngineStopped])
+@pytest.mark.parametrize("error", MADE_OF_A_MESSAGE)
 def test_error_when_made_of_a_message_shows_it(error: type[BatonError]) -> None:
     assert str(error("need 7 KV blocks, 3 free")) == error("need 7 KV blocks, 3 free").message == "need 7 KV blocks, 3 free"
 
@@ -52,6 +91,13 @@ def test_checkpoint_error_when_raised_names_the_path() -> None:
     assert (str(error), error.path) == ("models/config.json: no such file", "models/config.json")
 
 
-def test_resource_exhausted_when_raised_carries_a_retry_delay() -> None:
-    assert OutOfBlocks("full").retry_after_s > 0
-    assert QueueFull("full", retry_after_s=2.5).retry_after_s == 2.5
+def test_configuration_error_when_several_settings_are_wrong_names_them_all() -> None:
+    error = ConfigurationError(["port: 0 is less than 1", "BATON_PROT is unknown"])
+    assert str(error) == error.message == "port: 0 is less than 1; BATON_PROT is unknown"
+    assert error.problems == ("port: 0 is less than 1", "BATON_PROT is unknown")
+
+
+@pytest.mark.parametrize("error", MAY_BE_RETRIED)
+def test_error_when_another_attempt_may_succeed_carries_a_retry_delay(error: type[ResourceExhausted] | type[Unavailable]) -> None:
+    assert error("full").retry_after_s > 0
+    assert error("full", retry_after_s=2.5).retry_after_s == 2.5

@@ -26,6 +26,7 @@ class PoolMachine(RuleBasedStateMachine):
     tables                      who owns what: one list of block ids per sequence
     written                     hash of what an owned or cached block holds, named in the pool or not
     named                       hash → the block that answers for it
+    replayed                    what somebody knows who applies all drained changes; None before they are tracked
     """
 
     @initialize(num_blocks=st.integers(1, 9))
@@ -38,6 +39,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.written: dict[int, bytes] = {}
         self.named: dict[bytes, int] = {}
         self.evictions = 0
+        self.replayed: set[bytes] | None = None
 
     def holders(self, block_id: int) -> int:
         return sum(table.count(block_id) for table in self.tables)
@@ -134,6 +136,25 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.lift_quarantine(chosen)
         self.quarantined.difference_update(chosen)
         self.free.update(chosen)
+
+    @rule()
+    def track_changes(self) -> None:
+        if self.replayed is None:
+            self.pool.track_changes()
+            self.replayed = set()
+
+    @rule()
+    def drain_changes(self) -> None:
+        stored, removed = self.pool.drain_changes()
+        if self.replayed is None:
+            assert not stored + removed
+            return
+        assert len({*stored, *removed}) == len(stored) + len(removed)  # no hash twice, none in both
+        assert self.replayed.isdisjoint(stored)
+        assert self.replayed.issuperset(removed)
+        self.replayed = (self.replayed - set(removed)) | set(stored)
+        assert self.replayed == set(self.named)
+        assert self.pool.drain_changes() == ([], [])
 
     @rule()
     def clear_cache(self) -> None:
@@ -265,3 +286,27 @@ def test_clear_cache_when_some_content_is_held_forgets_only_the_rest() -> None:
     assert counts(pool) == (3, 0, 1, 0)
     assert pool.match_prefix(CHAIN) == held
     assert pool.match_prefix([content(9)]) == []
+
+
+def test_drain_changes_when_content_comes_and_goes_between_two_calls_tells_only_what_differs() -> None:
+    pool = BlockPool(2)
+    pool.track_changes()
+    blocks = allocate_sealed(pool, CHAIN[:2])
+    assert pool.drain_changes() == (CHAIN[:2], [])
+    pool.release(blocks)
+    pool.clear_cache()
+    pool.seal(pool.allocate(1)[0], CHAIN[0])  # gone and back
+    block = pool.allocate(1)[0]
+    pool.seal(block, content(9))  # new and gone
+    pool.release([block])
+    pool.clear_cache()
+    assert pool.drain_changes() == ([], [CHAIN[1]])
+
+
+def test_track_changes_when_the_pool_holds_content_already_begins_with_that() -> None:
+    pool = BlockPool(4)
+    pool.release(allocate_sealed(pool, CHAIN[:2]))
+    allocate_sealed(pool, [content(9)])
+    assert pool.drain_changes() == ([], [])
+    pool.track_changes()
+    assert pool.drain_changes() == ([*CHAIN[:2], content(9)], [])

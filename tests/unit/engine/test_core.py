@@ -10,7 +10,8 @@ from services.core.errors import InvalidRequest
 from services.core.noise import choice_seed
 from services.core.prefix_hash import prefix_key
 from services.core.types import FinishReason, SamplingParams, TokenEvent
-from services.engine.core import LONG_STEP_S, EngineCore
+from services.engine.core import EngineCore
+from services.engine.pacing import LONG_STEP_S
 from services.engine.sequence import EngineRequest
 from services.engine.settings import EngineSettings
 
@@ -28,8 +29,8 @@ def make_request(
 
 
 def step(core: EngineCore) -> list[TokenEvent]:
-    """One step; the pool's blocks must add up after it."""
-    events = core.step()
+    """One step of requests that are computed here; the pool's blocks must add up after it."""
+    events = [event for event in core.step() if isinstance(event, TokenEvent)]
     stats = core.stats()
     in_places = stats.blocks_free + stats.blocks_cached + stats.blocks_owned + stats.blocks_quarantined
     assert in_places == stats.blocks_total
@@ -173,6 +174,7 @@ def test_choices_when_there_is_little_room_all_end_and_compute_the_prompt_once(m
     assert [len(choices["r", choice]) for choice in range(5)] == [10] * 5
     if not settings:
         assert core.stats().prefill_tokens == 33 + 4 * 2  # the others find 32 tokens cached; their 33rd and first own token are new
+        assert core.stats().partial_prefills == 0
 
 
 @pytest.mark.parametrize("n", [2, 5])

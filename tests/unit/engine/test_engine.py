@@ -4,7 +4,6 @@ The engine thread is held at chosen steps by a gate in front of the model, so th
 """
 
 import asyncio
-import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -14,16 +13,14 @@ import pytest
 from services.core.errors import EngineStopped, InvalidRequest, QueueFull, UnknownRequest
 from services.core.noise import choice_seed
 from services.core.types import FinishReason, SamplingParams, TokenEvent
-from services.engine.batch import StepBatch
 from services.engine.core import EngineCore
 from services.engine.engine import Engine
-from services.engine.sampler import SampledToken, SampleRow
 from services.engine.sequence import EngineRequest
+from tests.unit.engine.gate import TIMEOUT_S, Gate
 
 MakeCore = Callable[..., EngineCore]
 PROMPT = list(range(10, 30))
 EOS = 2  # of the checkpoint in conftest.py
-TIMEOUT_S = 30.0  # how long a broken engine may hang before a test fails
 
 
 def make_request(request_id: str = "r", *, prompt: Sequence[int] = PROMPT, **sampling: Any) -> EngineRequest:
@@ -58,39 +55,6 @@ def check_balance(engine: Engine, *, owned: int | None = None) -> None:
     stats = engine.stats()
     assert stats.blocks_free + stats.blocks_cached + stats.blocks_owned + stats.blocks_quarantined == stats.blocks_total
     assert owned is None or stats.blocks_owned == owned
-
-
-class Gate:
-    """Holds the engine thread before each step's computation until it is let through; `fails` makes it raise instead."""
-
-    def __init__(self, core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.fails = False
-        self._arrived = threading.Semaphore(0)
-        self._permits = threading.Semaphore(0)
-        self._is_open = threading.Event()
-        self._execute = core._runner.execute
-        monkeypatch.setattr(core._runner, "execute", self.execute)
-
-    def execute(self, batch: StepBatch, rows: Sequence[SampleRow]) -> list[SampledToken]:
-        self._arrived.release()
-        if not self._is_open.is_set():
-            assert self._permits.acquire(timeout=TIMEOUT_S)
-        if self.fails:
-            raise RuntimeError("a secret of the engine thread")
-        return self._execute(batch, rows)
-
-    async def wait_step(self) -> None:
-        """Until the engine thread stands before a step."""
-        assert await asyncio.to_thread(self._arrived.acquire, timeout=TIMEOUT_S)
-
-    def step(self) -> None:
-        """Lets one step through."""
-        self._permits.release()
-
-    def open(self) -> None:
-        """Lets all further steps through."""
-        self._is_open.set()
-        self._permits.release()
 
 
 def test_stream_when_read_to_the_end_gives_every_token_and_frees_the_blocks(make_core: MakeCore) -> None:
@@ -347,7 +311,7 @@ def test_submit_when_a_valid_parameter_is_extreme_does_not_harm_the_engine(make_
 def test_stream_when_the_request_is_unknown_raises(make_core: MakeCore) -> None:
     async def main() -> None:
         async with Engine(make_core(), max_num_requests=4) as engine:
-            with pytest.raises(UnknownRequest, match="no request 'r' is running here"):
+            with pytest.raises(UnknownRequest, match="no request 'r' is to be read here"):
                 await read(engine)
             engine.submit(make_request(max_tokens=2))
             await read(engine)

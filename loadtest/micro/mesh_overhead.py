@@ -1,0 +1,81 @@
+"""`micro mesh-overhead`: how much of the time to a first token is not the model, on an idle mesh of real processes.
+
+From the timing record of each request: TTFT at the router minus the time inside the model for its prompt. Everything else is the mesh:
+tokenizing, routing, queues, hand-over between processes, scheduling and sampling, moving KV blocks, frames.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import statistics
+
+from loadtest.micro.figure import Figure
+from loadtest.micro.processes import service, wait_for_workers
+from protos.baton.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from services.mesh import convert
+from services.mesh.client import open_channel
+
+PROMPT_TOKENS = 256
+OUTPUT_TOKENS = 8
+WARM_UP = 5
+REQUESTS_PER_RUN = 40
+PAUSE_S = 0.02  # between requests: an idle mesh, not a busy one
+FIRST_WORD, VOCAB_SIZE = 300, 4096
+
+
+def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
+    """Overheads of the two ways a prompt can take, and their stages."""
+    ways = {"prefill elsewhere": 0, "prompt computed on decode": 1 << 20}
+    overheads: dict[str, list[float]] = {way: [] for way in ways}
+    timings: dict[str, list[inference_pb2.RequestTiming]] = {way: [] for way in ways}
+    with contextlib.ExitStack() as stack:
+        prefill = stack.enter_context(service("prefill", worker_id="prefill-0"))
+        decode = stack.enter_context(service("decode", worker_id="decode-0"))
+        workers = f"prefill=prefill-0@{prefill.address},decode=decode-0@{decode.address}"
+        routers = {way: stack.enter_context(service("router", workers=workers, max_local_tokens=limit)) for way, limit in ways.items()}
+        for router in routers.values():
+            asyncio.run(wait_for_workers(router.address, 2))
+            asyncio.run(_run(router.address, WARM_UP))
+        for _ in range(runs):
+            for way, router in routers.items():
+                made = asyncio.run(_run(router.address, REQUESTS_PER_RUN))
+                timings[way] += made
+                overheads[way].append(statistics.median(timing.ttft_s - timing.model_s for timing in made) * 1e3)
+    figures = []
+    for way in ways:
+        figures.append(
+            Figure(
+                name=f"outside the model until the first token, {way}",
+                value=statistics.median(overheads[way]),
+                unit="ms",
+                runs=runs,
+                target=6.0,
+                at_most=True,
+                on_ratio=False,
+            )
+        )
+        assert {bool(timing.prefill_worker_id) for timing in timings[way]} == {way == "prefill elsewhere"}
+        for name in ("tokenize_s", "route_s", "decode_queue_s", "prefill_queue_s", "prefill_s", "model_s", "transfer_tail_s", "ttft_s"):
+            stage = statistics.median(getattr(timing, name) for timing in timings[way])
+            figures.append(Figure(name=f"  {name.removesuffix('_s')}", value=stage * 1e3, unit="ms", runs=runs, on_ratio=False))
+    return figures, {"prompt tokens": PROMPT_TOKENS, "requests per run": REQUESTS_PER_RUN, "cores": os.cpu_count()}
+
+
+async def _run(address: str, count: int) -> list[inference_pb2.RequestTiming]:
+    """One request after the other, all different."""
+    timings = []
+    async with open_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        for _ in range(count):
+            prompt = [random.randrange(FIRST_WORD, VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
+            request = inference_pb2.GenerateRequest(
+                prompt=inference_pb2.Prompt(token_ids=convert.token_ids_to_proto(prompt)),
+                sampling=common_pb2.SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True),
+                include_timing=True,
+            )
+            async for response in stub.Generate(request):
+                if response.HasField("timing"):
+                    timings.append(response.timing)
+            await asyncio.sleep(PAUSE_S)
+    return timings

@@ -1,0 +1,1 @@
+"""Baton's protocols by version."""

@@ -1,0 +1,1 @@
+"""Version 1; stubs are generated and never edited."""

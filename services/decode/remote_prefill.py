@@ -1,0 +1,172 @@
+"""Has a prompt computed by a prefill worker: grants it places in the local pool, calls it, waits until every block has landed.
+
+    grant ─▶ call ─▶ (accepted, progress, block)* ─▶ done ─▶ landed        the first tokens come with `done`
+                 any failure, cancel or silence ─▶ call cancelled ─▶ fenced, or quarantined until it is
+
+Knows nothing of the engine; whoever calls it owns the blocks and decides what a failure means.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from protos.baton.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
+from services.core.errors import PeerUnavailable
+from services.core.types import SampledToken
+from services.mesh import convert, status
+from services.mesh.client import open_channel
+from services.mesh.kv_transport import IncomingTransfer, KVReceiver
+from services.mesh.streams import SILENCE_S, with_heartbeats
+
+# A sender that has stopped acknowledges within a network round trip; one that has not by then is frozen or far away.
+FENCE_S = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillOutcome:
+    """What a prefill worker made; its blocks are in the granted places.
+
+    first_tokens   by choice
+    facts          the part of baton.v1.Prefilled that is known here
+    """
+
+    first_tokens: tuple[SampledToken, ...]
+    facts: decode_pb2.Prefilled
+
+
+class PrefillFailed(Exception):
+    """No outcome, for the reason `__cause__`. `unfenced` is the transfer when its sender may still write; else None."""
+
+    def __init__(self, *, num_landed: int, unfenced: IncomingTransfer | None) -> None:
+        super().__init__("prefill failed")
+        self.num_landed = num_landed  # leading blocks of the grant that are in place
+        self.unfenced = unfenced
+
+
+class PrefillClient:
+    """Calls prefill workers, over one channel for each; `async with` closes them."""
+
+    def __init__(self, receiver: KVReceiver, *, layout_fingerprint: bytes) -> None:
+        self._receiver = receiver
+        self._layout_fingerprint = layout_fingerprint
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def __aenter__(self) -> "PrefillClient":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def run(
+        self, start: decode_pb2.Start, candidate: decode_pb2.PrefillCandidate, block_ids: Sequence[int], *, first_block: int
+    ) -> PrefillOutcome:
+        """Has the prompt of `start` computed; block i of it goes to block_ids[i - first_block].
+
+        Raises PrefillFailed from an error of the tree, or from CancelledError, when it was cancelled: either way nothing of it runs on,
+        except for a sender that could not be fenced.
+        """
+        transfer = self._receiver.grant(block_ids, first_block)
+        try:
+            outcome = await self._call(start, candidate, transfer, block_ids, first_block)
+        except BaseException as error:
+            fenced = await _fence(transfer)
+            raise PrefillFailed(num_landed=transfer.num_landed_leading, unfenced=None if fenced else transfer) from error
+        return outcome
+
+    async def _call(
+        self,
+        start: decode_pb2.Start,
+        candidate: decode_pb2.PrefillCandidate,
+        transfer: IncomingTransfer,
+        block_ids: Sequence[int],
+        first_block: int,
+    ) -> PrefillOutcome:
+        request = prefill_pb2.PrefillRequest(
+            request_id=start.request_id,
+            attempt=start.attempt,
+            token_ids=start.token_ids,
+            sampling=start.sampling,
+            prefix_key=start.prefix_key,
+            layout_fingerprint=self._layout_fingerprint,
+            grant=prefill_pb2.KVGrant(
+                transfer_id=transfer.transfer_id,
+                first_block=first_block,
+                block_ids=convert.pack_u32(block_ids),
+                endpoint=convert.endpoint_to_proto(self._receiver.endpoint),
+            ),
+            trace_context=start.trace_context,
+        )
+        accepted = prefill_pb2.PrefillAccepted()
+        done: prefill_pb2.PrefillDone | None = None
+        metadata = (("x-request-id", start.request_id),)
+        call = self._stub(candidate.address).Prefill(request, metadata=metadata)
+        landing = asyncio.ensure_future(transfer.wait_landed())
+        try:
+            async for event in with_heartbeats(aiter(call), SILENCE_S):
+                if event is None:
+                    raise PeerUnavailable(f"{candidate.worker_id} has said nothing for {SILENCE_S} s")
+                if landing.done():
+                    await landing  # a broken connection or block: no need to wait for the end
+                match event.WhichOneof("kind"):
+                    case "accepted":
+                        accepted = event.accepted
+                    case "block":
+                        transfer.land_inline(event.block.index, event.block.data, event.block.checksum)
+                    case "done":
+                        done = event.done
+                        break
+            if done is None:
+                raise PeerUnavailable(f"{candidate.worker_id} ended the prefill without a result")
+            done_at = time.perf_counter()
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    await landing
+            except TimeoutError:
+                raise PeerUnavailable(f"{candidate.worker_id}: KV blocks did not land within {SILENCE_S} s of being sent") from None
+        except grpc.aio.AioRpcError as error:
+            raise status.from_rpc_error(error, candidate.address) from error
+        finally:
+            call.cancel()
+            landing.cancel()
+        landed_s = time.perf_counter() - done_at
+        return PrefillOutcome(
+            first_tokens=tuple(_sampled_token(token) for token in done.first_tokens),
+            facts=decode_pb2.Prefilled(
+                prefill_worker_id=candidate.worker_id,
+                prefill_queue_s=done.queue_s,
+                prefill_s=done.prefill_s,
+                model_s=done.model_s,
+                transfer_tail_s=done.since_first_token_s + landed_s,
+                transfer_s=done.transfer_s + landed_s,
+                prefill_cached_tokens=done.cached_tokens,
+                kv_transport=accepted.kv_transport,
+                kv_blocks=done.blocks_sent,
+                kv_bytes=transfer.bytes_landed,
+            ),
+        )
+
+    def _stub(self, address: str) -> prefill_pb2_grpc.PrefillServiceStub:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = open_channel(address)
+        return prefill_pb2_grpc.PrefillServiceStub(channel)
+
+
+async def _fence(transfer: IncomingTransfer) -> bool:
+    """Waits for the fence even while being cancelled: blocks must not be reused before."""
+    fence = asyncio.ensure_future(transfer.fence(FENCE_S))
+    while not fence.done():
+        try:
+            await asyncio.shield(fence)
+        except asyncio.CancelledError:
+            continue
+    return fence.result()
+
+
+def _sampled_token(token: prefill_pb2.FirstToken) -> SampledToken:
+    logprobs = convert.logprobs_from_proto(token.logprobs) if token.HasField("logprobs") else None
+    return SampledToken(token.token_id, logprobs)

@@ -1,0 +1,250 @@
+"""One router's session: its commands become engine requests, the engine's events become step frames.
+
+    Start ─▶ reserve ─▶ prefilling elsewhere ─▶ landed ─┐
+        └──▶ submit (prompt computed here) ─────────────┴▶ decoding ─▶ ended
+    Cancel, deadline, end of the session: from any state, fence first when a peer may be writing
+
+A request is known by its handle; choice i of it is handle + i. Everything here runs on the event loop.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from protos.baton.v1 import decode_pb2
+from services.core.errors import BatonError, DeadlineExceeded, Draining, InvalidRequest, ResourceExhausted
+from services.core.types import TokenEvent
+from services.decode.frames import FrameBuilder
+from services.decode.remote_prefill import PrefillClient, PrefillFailed
+from services.engine.events import Event, PrefillProgress, Reserved
+from services.engine.sequence import EngineRequest
+from services.mesh import convert, status
+from services.mesh.kv_transport import IncomingTransfer
+from services.mesh.streams import HEARTBEAT_S
+from services.worker.runtime import Worker
+
+# A router that has not read this many tokens has stopped reading.
+MAX_UNREAD_TOKENS = 1 << 16
+LOAD_INTERVAL_S = 0.05
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class RunningRequest:
+    """State of one request in this session."""
+
+    start: decode_pb2.Start
+    engine_id: str
+    prompt_tokens: int
+    open_choices: set[int]
+    deadline: asyncio.TimerHandle | None = None
+    prefilling: asyncio.Task[None] | None = None  # while a peer computes the prompt
+    prefilled: decode_pb2.Prefilled = field(default_factory=decode_pb2.Prefilled)
+
+
+class RouterSession:
+    """Requests of one router on one worker. Task group and closing are its servicer's."""
+
+    def __init__(self, worker: Worker, prefill: PrefillClient, tasks: asyncio.TaskGroup, *, name: str) -> None:
+        self._worker = worker
+        self._prefill = prefill
+        self._tasks = tasks
+        self._name = name
+        self._by_handle: dict[int, RunningRequest] = {}
+        self._by_engine_id: dict[str, RunningRequest] = {}
+        self._last_handle = -1
+        self._frame = FrameBuilder()
+        self._wake = asyncio.Event()
+        self._ended = False
+        self._load_sent_at = 0.0
+
+    async def obey(self, commands: AsyncIterator[decode_pb2.SessionCommand]) -> None:
+        """Carries out the router's commands until it closes its side."""
+        try:
+            async for command in commands:
+                match command.WhichOneof("kind"):
+                    case "start":
+                        self._start(command.start)
+                    case "cancel":
+                        self._cancel(command.cancel.handle)
+                    case _:
+                        raise InvalidRequest("kind", "only start and cancel follow hello")
+        finally:
+            self._ended = True
+            self._wake.set()
+
+    async def frames(self) -> AsyncGenerator[decode_pb2.StepFrame, None]:
+        """A frame whenever there is something to say, else one each HEARTBEAT_S; ends with the router's side."""
+        while not self._ended:
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            if self._frame.num_tokens > MAX_UNREAD_TOKENS:
+                raise ResourceExhausted(f"{self._frame.num_tokens} tokens were not read; at most {MAX_UNREAD_TOKENS} are kept")
+            now = time.monotonic()
+            is_load_due = now - self._load_sent_at >= LOAD_INTERVAL_S
+            if is_load_due:
+                self._load_sent_at = now
+            if is_load_due or not self._frame.is_empty:
+                yield self._frame.take(self._worker.load() if is_load_due else None)
+
+    def close(self) -> None:
+        """Aborts everything that still runs."""
+        for request in list(self._by_handle.values()):
+            self._drop(request)
+
+    def _start(self, start: decode_pb2.Start) -> None:
+        if start.handle <= self._last_handle:
+            raise InvalidRequest("handle", f"{start.handle} is in use or was used; the last one was {self._last_handle}")
+        try:
+            if self._worker.draining:
+                raise Draining(f"{self._worker.worker_id} is draining")
+            self._admit(start)
+        except BatonError as error:
+            self._last_handle = max(self._last_handle, start.handle)
+            self._end_with_error(start, error)
+
+    def _admit(self, start: decode_pb2.Start) -> None:
+        sampling = convert.sampling_from_proto(start.sampling)
+        prompt = convert.token_ids_from_proto(start.token_ids, "token_ids")
+        engine_request = EngineRequest(
+            request_id=f"{self._name}/{start.handle}",
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            prefix_key=start.prefix_key or None,
+        )
+        engine = self._worker.engine
+        if start.candidates:
+            engine.reserve(engine_request, listener=self._hear)
+        else:
+            engine.submit(engine_request, listener=self._hear)
+        self._last_handle = start.handle + sampling.n - 1
+        request = RunningRequest(
+            start=start, engine_id=engine_request.request_id, prompt_tokens=len(prompt), open_choices=set(range(sampling.n))
+        )
+        request.prefilled.handle = start.handle
+        self._by_handle[start.handle] = self._by_engine_id[request.engine_id] = request
+        if start.remaining_s > 0:
+            request.deadline = asyncio.get_running_loop().call_later(start.remaining_s, self._expire, request)
+
+    def _cancel(self, handle: int) -> None:
+        request = self._by_handle.get(handle)
+        if request is not None:  # else it ended while the command was on its way
+            self._drop(request)
+
+    def _expire(self, request: RunningRequest) -> None:
+        self._fail(request, DeadlineExceeded(f"the deadline of {request.start.remaining_s:.3f} s has passed"))
+
+    def _fail(self, request: RunningRequest, error: BaseException) -> None:
+        self._end_with_error(request.start, error)
+        self._drop(request)
+
+    def _end_with_error(self, start: decode_pb2.Start, error: BaseException) -> None:
+        self._frame.add_error(start.handle, status.to_proto(error, start.request_id))
+        self._wake.set()
+
+    def _forget(self, request: RunningRequest) -> None:
+        self._by_handle.pop(request.start.handle, None)
+        self._by_engine_id.pop(request.engine_id, None)
+        if request.deadline is not None:
+            request.deadline.cancel()
+
+    def _drop(self, request: RunningRequest) -> None:
+        """Forgets a request and frees what it has; one that a peer prefills is freed by its own task, behind the fence."""
+        self._forget(request)
+        if request.prefilling is not None:
+            request.prefilling.cancel()
+        else:
+            self._worker.engine.abort(request.engine_id)
+
+    def _hear(self, events: Sequence[Event]) -> None:
+        """What the engine made in one step, for all requests of this session."""
+        for event in events:
+            if isinstance(event, TokenEvent):
+                self._hear_token(event)
+            elif isinstance(event, Reserved):
+                self._hear_reserved(event)
+            elif not isinstance(event, PrefillProgress):
+                for request in list(self._by_handle.values()):
+                    self._end_with_error(request.start, event)
+                    self._forget(request)
+        self._wake.set()
+
+    def _hear_token(self, event: TokenEvent) -> None:
+        request = self._by_engine_id.get(event.request_id)
+        if request is None or event.token_id is None:
+            return  # dropped a moment ago
+        if event.prefill is not None:
+            facts = request.prefilled
+            facts.decode_cached_tokens = event.cached_tokens
+            facts.model_s = event.prefill.model_s
+            facts.prefill_s = event.prefill.prefill_s
+            if request.start.candidates:
+                facts.prefill_queue_s = event.prefill.queue_s  # after the wait for its place, which Reserved has told
+            else:
+                facts.decode_queue_s = event.prefill.queue_s
+            self._frame.add_prefilled(facts)
+        self._frame.add_token(request.start.handle + event.choice, event)
+        if event.finish_reason is not None:
+            request.open_choices.discard(event.choice)
+            if not request.open_choices:
+                self._forget(request)
+
+    def _hear_reserved(self, event: Reserved) -> None:
+        request = self._by_engine_id.get(event.request_id)
+        if request is None:
+            return  # dropped a moment ago; its abort is on the way to the engine
+        request.prefilled.decode_queue_s = event.queue_s
+        request.prefilled.decode_cached_tokens = event.num_cached_tokens
+        if request.prompt_tokens - event.num_cached_tokens <= request.start.local_prefill_tokens:
+            self._worker.engine.compute_here(request.engine_id, num_landed_tokens=event.num_cached_tokens)
+            return
+        request.prefilling = self._tasks.create_task(self._prefill_elsewhere(request, event))
+
+    async def _prefill_elsewhere(self, request: RunningRequest, reserved: Reserved) -> None:
+        """Tries the candidates in order; what none of them could do is computed here. Cancelled, it frees the request."""
+        engine, block_size = self._worker.engine, self._worker.block_size
+        first_block = reserved.num_cached_tokens // block_size
+        for attempt, candidate in enumerate(request.start.candidates, start=1):
+            request.prefilled.prefill_attempts = attempt
+            try:
+                outcome = await self._prefill.run(request.start, candidate, reserved.block_ids[first_block:], first_block=first_block)
+            except PrefillFailed as failure:
+                cause = failure.__cause__
+                is_cancelled = isinstance(cause, asyncio.CancelledError)
+                if failure.unfenced is not None:
+                    self._quarantine(request, failure.unfenced, abort=is_cancelled)
+                    if is_cancelled:
+                        raise asyncio.CancelledError from failure
+                    request.prefilling = None
+                    return
+                if is_cancelled:
+                    engine.abort(request.engine_id)
+                    raise asyncio.CancelledError from failure
+                first_block += failure.num_landed
+                if isinstance(cause, InvalidRequest) or not isinstance(cause, BatonError):
+                    request.prefilling = None
+                    self._fail(request, cause or failure)
+                    return
+                _log.warning("prefill on %s failed: %s", candidate.worker_id, cause.message, extra={"request_id": request.start.request_id})
+                continue
+            request.prefilling = None
+            request.prefilled.MergeFrom(outcome.facts)
+            self._worker.kv_bytes_received += outcome.facts.kv_bytes
+            self._frame.add_prefilled(request.prefilled)
+            engine.landed(request.engine_id, outcome.first_tokens)
+            return
+        request.prefilling = None
+        engine.compute_here(request.engine_id, num_landed_tokens=first_block * block_size)
+
+    def _quarantine(self, request: RunningRequest, transfer: IncomingTransfer, *, abort: bool) -> None:
+        """Takes the blocks that a silent peer may still write into out of circulation, until it is fenced."""
+        block_ids = self._worker.engine.quarantine(request.engine_id, abort=abort)
+        _log.warning("%d KV blocks quarantined", len(block_ids), extra={"request_id": request.start.request_id})
+        self._worker.lift_quarantine_later(block_ids, transfer.wait_fenced)

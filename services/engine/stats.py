@@ -1,0 +1,36 @@
+"""What an engine counts. Values only."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the start and gauges of now; blocks obey free + cached + owned + quarantined == total.
+
+    num_running                computed in each step
+    num_reserved               wait for a peer to fill their blocks
+    num_held                   prefilled here, their blocks being copied by others
+    uncomputed_prompt_tokens   of requests without a first token that are computed here, running or waiting
+    steps                      that computed something
+    """
+
+    num_running: int
+    num_waiting: int
+    num_reserved: int
+    num_held: int
+    uncomputed_prompt_tokens: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+    blocks_owned: int
+    blocks_quarantined: int
+    steps: int
+    prefill_tokens: int
+    decode_tokens: int
+    cached_tokens: int
+    preemptions: int
+    evictions: int
+    partial_prefills: int
+    largest_batch: int
+    step_s: float
+    model_s: float

@@ -1,0 +1,105 @@
+"""From what the scheduler chose to what the model computes: a step's arrays, and the rows to sample with the sequences they belong to.
+
+Reads sequences and changes none. Knows nothing of pools or of what becomes of a token.
+"""
+
+from collections.abc import Sequence as List
+
+import numpy as np
+import numpy.typing as npt
+
+from services.core.noise import choice_seed
+from services.engine.batch import StepBatch
+from services.engine.sampler import SampleRow
+from services.engine.scheduler import ScheduledChunk
+from services.engine.sequence import Sequence
+
+
+def make_batch(chunks: List[ScheduledChunk], block_size: int) -> StepBatch:
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    logit_rows: list[int] = []
+    for chunk in chunks:
+        sequence, start = chunk.sequence, chunk.sequence.num_computed
+        end = start + chunk.num_tokens
+        token_ids.extend(sequence.tokens[start:end])
+        positions.extend(range(start, end))
+        slots.extend(sequence.block_ids[p // block_size] * block_size + p % block_size for p in range(start, end))
+        if end == len(sequence.tokens):
+            logit_rows.append(len(token_ids) - 1)
+    return StepBatch(
+        token_ids=np.array(token_ids, dtype=np.int64),
+        positions=np.array(positions, dtype=np.int64),
+        slots=np.array(slots, dtype=np.int64),
+        query_lens=[chunk.num_tokens for chunk in chunks],
+        context_lens=[chunk.sequence.num_computed + chunk.num_tokens for chunk in chunks],
+        block_tables=[chunk.sequence.block_ids for chunk in chunks],
+        logit_rows=np.array(logit_rows, dtype=np.int64),
+    )
+
+
+def trial_batch(positions: npt.NDArray[np.int64]) -> StepBatch:
+    """The given positions of one sequence that owns block 0."""
+    return StepBatch(
+        token_ids=np.zeros_like(positions),
+        positions=positions,
+        slots=positions,
+        query_lens=[len(positions)],
+        context_lens=[int(positions[-1]) + 1],
+        block_tables=[[0]],
+        logit_rows=np.empty(0, dtype=np.int64),
+    )
+
+
+def sample_rows(chunks: List[ScheduledChunk]) -> tuple[list[SampleRow], list[Sequence]]:
+    """A row for every sequence whose last token this step computes, and one for each further choice that starts there."""
+    rows: list[SampleRow] = []
+    samplers: list[Sequence] = []
+    logit_row = 0
+    for chunk in chunks:
+        sequence = chunk.sequence
+        if chunk.num_tokens < sequence.num_uncomputed:
+            continue
+        group = [sequence]
+        if sequence.choice == 0 and sequence.num_output_tokens == 0:
+            group += further_choices(sequence)
+        for member in group:
+            rows.append(_sample_row(member, logit_row))
+            samplers.append(member)
+        logit_row += 1
+    return rows, samplers
+
+
+def further_choices(first: Sequence) -> list[Sequence]:
+    """Choices 1 … n - 1 of a request whose prompt is there for choice 0, and no token yet."""
+    return [
+        Sequence(
+            request_id=first.request_id,
+            choice=choice,
+            order=(first.order[0], choice),
+            tokens=list(first.tokens),
+            prompt_length=first.prompt_length,
+            max_tokens=first.max_tokens,
+            sampling=first.sampling,
+            seed=choice_seed(first.seed, choice),
+            stop_ids=first.stop_ids,
+            prefix_key=first.prefix_key,
+            purpose=first.purpose,
+            cached_tokens=first.cached_tokens,
+        )
+        for choice in range(1, first.sampling.n)
+    ]
+
+
+def _sample_row(sequence: Sequence, logit_row: int) -> SampleRow:
+    held_back = sequence.stop_ids if sequence.num_output_tokens < sequence.sampling.min_tokens else frozenset[int]()
+    return SampleRow(
+        logit_row=logit_row,
+        params=sequence.sampling,
+        seed=sequence.seed,
+        position=len(sequence.tokens),
+        tokens=sequence.tokens,
+        prompt_length=sequence.prompt_length,
+        held_back=held_back,
+    )

@@ -1,0 +1,163 @@
+"""Between Baton's own values and their messages: the one place that knows both sides. Pure functions."""
+
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+
+from protos.baton.v1 import common_pb2, prefill_pb2
+from services.core.errors import InvalidRequest
+from services.core.prefix_hash import HASH_BYTES, TOKEN_BYTES, pack_tokens
+from services.core.types import FinishReason, SamplingParams, TokenLogprobs
+from services.mesh.kv_transport import KVEndpoint
+
+# Fields whose absence means the checkpoint's default, else that of SamplingParams.
+_OPTIONAL = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "seed",
+    "n",
+    "max_tokens",
+    "logprobs",
+)
+
+MAX_U32 = 2**32 - 1
+
+_FINISH = {
+    None: common_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: common_pb2.FINISH_REASON_ABORT,
+}
+_REASON = {message: reason for reason, message in _FINISH.items()}
+
+
+def sampling_from_proto(message: common_pb2.SamplingParams, defaults: common_pb2.SamplingParams | None = None) -> SamplingParams:
+    """The message's field, else the default's, else that of SamplingParams. The result is not validated yet."""
+    values = {}
+    for name in _OPTIONAL:
+        for source in (message, defaults):
+            if source is not None and source.HasField(name):
+                values[name] = getattr(source, name)
+                break
+    return SamplingParams(
+        **values,
+        logit_bias=dict(message.logit_bias),
+        min_tokens=message.min_tokens,
+        ignore_eos=message.ignore_eos,
+        stop_token_ids=tuple(message.stop_token_ids),
+    )
+
+
+def sampling_to_proto(params: SamplingParams) -> common_pb2.SamplingParams:
+    """Every field that is not None; sampling_from_proto gives equal values back.
+
+    `params` are valid. Raises InvalidRequest for a number that is, but has no room in the message.
+    """
+    for name in ("top_k", "min_tokens", "max_tokens"):
+        if (getattr(params, name) or 0) > MAX_U32:
+            raise InvalidRequest(name, f"{getattr(params, name)} is more than {MAX_U32}", limit=MAX_U32)
+    message = common_pb2.SamplingParams(
+        logit_bias=params.logit_bias,
+        min_tokens=params.min_tokens,
+        ignore_eos=params.ignore_eos,
+        stop_token_ids=params.stop_token_ids,
+    )
+    for name in _OPTIONAL:
+        value = getattr(params, name)
+        if value is not None:
+            setattr(message, name, value)
+    return message
+
+
+def token_ids_to_proto(token_ids: Iterable[int]) -> common_pb2.TokenIds:
+    """Raises OverflowError for an id outside 0 … 2**32 - 1."""
+    return common_pb2.TokenIds(packed=pack_tokens(token_ids))
+
+
+def token_ids_from_proto(message: common_pb2.TokenIds, field: str) -> list[int]:
+    """Raises InvalidRequest naming `field` when the bytes are not whole ids."""
+    if len(message.packed) % TOKEN_BYTES:
+        raise InvalidRequest(field, f"has {len(message.packed)} bytes, which is not a multiple of {TOKEN_BYTES}", limit=TOKEN_BYTES)
+    return unpack_u32(message.packed)
+
+
+def pack_u32(values: Iterable[int]) -> bytes:
+    """A column of little-endian uint32, as in StepFrame."""
+    return pack_tokens(values)
+
+
+def unpack_u32(packed: bytes) -> list[int]:
+    """What pack_u32 was given; `packed` has a multiple of four bytes."""
+    values = array("I", packed)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values.tolist()
+
+
+def hashes_from_bytes(packed: bytes, field: str) -> list[bytes]:
+    """Concatenated block hashes one by one. Raises InvalidRequest naming `field` when the last one is cut off."""
+    if len(packed) % HASH_BYTES:
+        raise InvalidRequest(field, f"has {len(packed)} bytes, which is not a multiple of {HASH_BYTES}", limit=HASH_BYTES)
+    return [packed[start : start + HASH_BYTES] for start in range(0, len(packed), HASH_BYTES)]
+
+
+def finish_reason_to_proto(reason: FinishReason | None) -> common_pb2.FinishReason:
+    return _FINISH[reason]
+
+
+def finish_reason_from_proto(message: common_pb2.FinishReason) -> FinishReason | None:
+    """None while a choice goes on; a value of a later version counts as an abort."""
+    return _REASON.get(message, FinishReason.ABORT)
+
+
+def logprobs_to_proto(logprobs: TokenLogprobs) -> common_pb2.TokenLogprobs:
+    return common_pb2.TokenLogprobs(
+        chosen=logprobs.chosen,
+        top_token_ids=[token_id for token_id, _ in logprobs.top],
+        top_logprobs=[logprob for _, logprob in logprobs.top],
+    )
+
+
+def logprobs_from_proto(message: common_pb2.TokenLogprobs) -> TokenLogprobs:
+    """Raises InvalidRequest when there are more token ids than logprobs, or fewer."""
+    if len(message.top_token_ids) != len(message.top_logprobs):
+        raise InvalidRequest("logprobs", f"{len(message.top_token_ids)} token ids have {len(message.top_logprobs)} values")
+    return TokenLogprobs(chosen=message.chosen, top=tuple(zip(message.top_token_ids, message.top_logprobs, strict=True)))
+
+
+def first_difference(left: common_pb2.ModelIdentity, right: common_pb2.ModelIdentity) -> str | None:
+    """Why KV blocks must not travel between two workers; None: they may."""
+    names: Sequence[str] = ("model_fingerprint", "layout_fingerprint", "block_size", "block_bytes")
+    for name in names:
+        if getattr(left, name) != getattr(right, name):
+            return name
+    return None
+
+
+def endpoint_to_proto(endpoint: KVEndpoint) -> prefill_pb2.KVEndpoint:
+    return prefill_pb2.KVEndpoint(
+        host_id=endpoint.host_id,
+        shm_address=endpoint.shm_address,
+        tcp_address=endpoint.tcp_address,
+        grpc=endpoint.grpc,
+        access_key=endpoint.access_key,
+        pool_bytes=endpoint.pool_bytes,
+        block_bytes=endpoint.block_bytes,
+    )
+
+
+def endpoint_from_proto(message: prefill_pb2.KVEndpoint) -> KVEndpoint:
+    return KVEndpoint(
+        host_id=message.host_id,
+        shm_address=message.shm_address,
+        tcp_address=message.tcp_address,
+        grpc=message.grpc,
+        access_key=message.access_key,
+        pool_bytes=message.pool_bytes,
+        block_bytes=message.block_bytes,
+    )

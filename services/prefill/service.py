@@ -1,0 +1,151 @@
+"""PrefillService: one streaming call for each prompt; its end, however it comes, frees all that it held.
+
+    accepted ─▶ (progress │ block)* ─▶ done
+
+Blocks leave chunk by chunk while the engine computes the next chunk. Knows nothing of routing: whoever calls has a grant.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any
+
+from protos.baton.v1 import prefill_pb2, prefill_pb2_grpc
+from services.core.errors import Draining, Incompatible, InvalidRequest
+from services.engine.events import PrefillProgress
+from services.engine.sequence import EngineRequest
+from services.mesh import convert
+from services.mesh.kv_transport import KVSender, OutgoingTransfer
+from services.mesh.streams import HEARTBEAT_S, with_heartbeats
+from services.worker.runtime import Worker
+
+LOAD_INTERVAL_S = 0.05
+# How long a block may take that is on its way when the transfer ends.
+STOP_S = 1.0
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
+    """Serves one Worker; `sender` pushes from its pool."""
+
+    def __init__(self, worker: Worker, sender: KVSender, *, transports: Sequence[str]) -> None:
+        self._worker = worker
+        self._sender = sender
+        self._transports = transports
+        self._num_calls = 0
+
+    async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Any) -> AsyncGenerator[prefill_pb2.PrefillEvent, None]:
+        worker = self._worker
+        if worker.draining:
+            raise Draining(f"{worker.worker_id} is draining")
+        if request.layout_fingerprint != worker.identity.layout_fingerprint:
+            raise Incompatible(f"{worker.worker_id} serves another model than the caller, or keeps KV blocks in another form")
+        # The caller's id may come twice (a second attempt while the first one ends), and from several callers.
+        self._num_calls += 1
+        prompt = convert.token_ids_from_proto(request.token_ids, "token_ids")
+        engine_request = EngineRequest(
+            request_id=f"{request.request_id}#{self._num_calls}",
+            prompt_token_ids=prompt,
+            sampling=convert.sampling_from_proto(request.sampling),
+            prefix_key=request.prefix_key or None,
+        )
+        block_ids = _granted_blocks(request.grant, num_blocks=-(-len(prompt) // worker.block_size))
+        endpoint = convert.endpoint_from_proto(request.grant.endpoint)
+        async with contextlib.AsyncExitStack() as stack:
+            transfer = await self._sender.open(request.grant.transfer_id, endpoint, block_ids)
+            # Closed in this order: nothing reads the blocks any more, then the engine gets them back.
+            steps = await stack.enter_async_context(contextlib.aclosing(worker.engine.prefill(engine_request)))
+            stack.push_async_callback(transfer.stop, STOP_S)
+            yield prefill_pb2.PrefillEvent(
+                accepted=prefill_pb2.PrefillAccepted(worker_id=worker.worker_id, kv_transport=transfer.transport)
+            )
+            push = await stack.enter_async_context(contextlib.aclosing(self._push(steps, transfer, request.grant.first_block)))
+            events = await stack.enter_async_context(contextlib.aclosing(with_heartbeats(push)))
+            async for event in events:
+                yield event or self._heartbeat()
+
+    async def _push(
+        self, steps: AsyncIterator[PrefillProgress], transfer: OutgoingTransfer, first_block: int
+    ) -> AsyncGenerator[prefill_pb2.PrefillEvent, None]:
+        """Sends blocks as they are completed; ends with `done`, when the last one is out."""
+        next_block = first_block
+        first_sent_at: float | None = None
+        async for progress in steps:
+            computed_at = time.perf_counter()
+            is_last = progress.first_tokens is not None
+            end = len(progress.block_ids) if is_last else progress.num_computed_tokens // self._worker.block_size
+            fresh = [(index - first_block, progress.block_ids[index]) for index in range(next_block, end)]
+            next_block = max(next_block, end)
+            if fresh and first_sent_at is None:
+                first_sent_at = computed_at
+            for block in await transfer.send(fresh):
+                yield prefill_pb2.PrefillEvent(block=prefill_pb2.KVBlock(index=block.index, data=block.data, checksum=block.checksum))
+            self._worker.kv_bytes_sent += len(fresh) * self._worker.identity.block_bytes
+            if is_last:
+                await transfer.finish()
+                assert first_sent_at is not None
+                now = time.perf_counter()
+                yield _done(
+                    progress,
+                    blocks_sent=next_block - first_block,
+                    since_first_token_s=now - computed_at,
+                    transfer_s=now - first_sent_at,
+                )
+                return
+            yield self._progress(progress.num_computed_tokens)
+
+    async def WatchLoad(self, request: prefill_pb2.WatchLoadRequest, context: Any) -> AsyncGenerator[prefill_pb2.WatchLoadResponse, None]:
+        worker = self._worker
+        yield prefill_pb2.WatchLoadResponse(
+            worker=worker.id_message, model=worker.identity, kv_transports=self._transports, load=worker.load()
+        )
+        while True:
+            # Twenty times a second while there is news, for a router that chooses by it; twice a second when idle.
+            before = worker.load()
+            for _ in range(round(HEARTBEAT_S / LOAD_INTERVAL_S)):
+                await asyncio.sleep(LOAD_INTERVAL_S)
+                if worker.load() != before:
+                    break
+            yield prefill_pb2.WatchLoadResponse(load=worker.load())
+
+    def _heartbeat(self) -> prefill_pb2.PrefillEvent:
+        return self._progress(0)
+
+    def _progress(self, computed_tokens: int) -> prefill_pb2.PrefillEvent:
+        return prefill_pb2.PrefillEvent(
+            progress=prefill_pb2.PrefillProgress(computed_tokens=computed_tokens, engine_steps=self._worker.engine.stats().steps)
+        )
+
+
+def _granted_blocks(grant: prefill_pb2.KVGrant, *, num_blocks: int) -> list[int]:
+    """Raises InvalidRequest unless the grant has a place for each block of the prompt that the caller lacks."""
+    if len(grant.block_ids) % 4:
+        raise InvalidRequest("grant.block_ids", f"has {len(grant.block_ids)} bytes, which is not a multiple of 4", limit=4)
+    block_ids = convert.unpack_u32(grant.block_ids)
+    if grant.first_block + len(block_ids) != num_blocks or not block_ids:
+        raise InvalidRequest(
+            "grant", f"has places from block {grant.first_block} to {grant.first_block + len(block_ids)} of {num_blocks}", limit=num_blocks
+        )
+    return block_ids
+
+
+def _done(progress: PrefillProgress, *, blocks_sent: int, since_first_token_s: float, transfer_s: float) -> prefill_pb2.PrefillEvent:
+    assert progress.first_tokens is not None
+    assert progress.timing is not None
+    return prefill_pb2.PrefillEvent(
+        done=prefill_pb2.PrefillDone(
+            first_tokens=[
+                prefill_pb2.FirstToken(
+                    token_id=token.token_id, logprobs=None if token.logprobs is None else convert.logprobs_to_proto(token.logprobs)
+                )
+                for token in progress.first_tokens
+            ],
+            cached_tokens=progress.cached_tokens,
+            blocks_sent=blocks_sent,
+            transfer_s=transfer_s,
+            queue_s=progress.timing.queue_s,
+            prefill_s=progress.timing.prefill_s,
+            model_s=progress.timing.model_s,
+            since_first_token_s=since_first_token_s,
+        )
+    )

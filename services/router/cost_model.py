@@ -1,0 +1,331 @@
+"""What work costs in seconds: how it grows with its size, learnt from the whole fleet, and how slow each worker is, learnt from itself.
+
+A *shape* tells the seconds of a piece of work on a typical worker; every observation of every worker teaches it. A worker adds nothing
+but a factor for each kind of work, its *slowness*: one number is known after a handful of requests, a curve of its own after hundreds.
+A factor that is not observed drifts back to the fleet's median, where new workers start: a worker that was slow once is tried again.
+
+    seconds of (work, worker) = shape(work) × slowness(worker)
+
+Shapes may be declared instead of learnt, for simulated workers. Time is passed in; nothing here reads a clock.
+"""
+
+import math
+from itertools import combinations
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+HALF_LIFE_S = 10.0  # of what is known about a worker that does no work: long beside a request, short beside an operator's patience
+# A single hiccup may move a factor by a sixth; each further surprise in the same direction counts twice as much as the one before it.
+SURPRISE = 0.35  # in log units: a factor of 1.4
+MAX_LOG_FACTOR = math.log(1e4)
+
+PRIOR_BYTES_PER_S = 1e9  # a plain TCP socket, until transfers have been seen
+PRIOR_OVERHEAD_S = 5e-3
+PRIOR_OUTPUT_TOKENS = 128.0
+# A typical accelerator with a small model; the first observation of any worker already replaces their scale.
+PRIOR_PREFILL = (5e-3, 5e-5, 1e-9)
+PRIOR_STEP = (5e-3, 1e-4, 1e-6)
+
+
+class PrefillShape(Protocol):
+    """Seconds to compute `new_tokens` of a prompt behind `cached_tokens` of it."""
+
+    def seconds(self, new_tokens: int, cached_tokens: int) -> float: ...
+
+    def observe(self, new_tokens: int, cached_tokens: int, seconds: float) -> None: ...
+
+
+class StepShape(Protocol):
+    """Seconds of one decode step of `running` sequences when `used_blocks` of the pool's `total_blocks` are owned."""
+
+    def seconds(self, running: float, used_blocks: float, total_blocks: float) -> float: ...
+
+    def observe(self, running: float, used_blocks: float, total_blocks: float, seconds: float) -> None: ...
+
+
+class RelativeFit:
+    """Non-negative coefficients c of seconds ≈ Σ c·feature, by least squares of the relative error; old observations fade.
+
+    A weak pull towards the prior's proportions (its scale is fitted too) decides what the data leaves open, such as a slope when all
+    prompts have been equally long.
+    """
+
+    MEMORY = 256.0  # observations
+    PULL = 1e-3
+
+    def __init__(self, prior: tuple[float, ...]) -> None:
+        self.coefficients = prior
+        self._prior = np.array(prior)
+        self._gram = np.zeros((len(prior), len(prior)))
+        self._moment = np.zeros(len(prior))
+        self._num_observations = 0
+
+    def observe(self, features: tuple[float, ...], seconds: float) -> None:
+        """Takes `seconds` > 0 for a piece of work whose features are >= 0."""
+        predicted = sum(c * f for c, f in zip(self.coefficients, features, strict=True))
+        row = np.array(features) / seconds
+        # In relative terms work that took far less than predicted would outweigh all else: most likely it was cut short.
+        weight = 1.0 if predicted <= 2.0 * seconds or not self._num_observations else (2.0 * seconds / predicted) ** 3
+        fade = 1.0 - 1.0 / self.MEMORY
+        self._gram = fade * self._gram + weight * np.outer(row, row)
+        self._moment = fade * self._moment + weight * row
+        self._num_observations += 1
+        # Solving is dear beside observing: seldom, once there is something to stand on.
+        if self._num_observations <= 16 or self._num_observations % 16 == 0:
+            self._solve()
+
+    def _solve(self) -> None:
+        """Minimises over all supports: there are at most three features."""
+        scale = float(self._moment @ self._prior) / float(self._prior @ self._gram @ self._prior)
+        pull = self.PULL * np.diag(self._gram) + 1e-300
+        gram = self._gram + np.diag(pull)
+        moment = self._moment + pull * self._prior * scale
+        best, best_error = None, math.inf
+        indices = range(len(self._prior))
+        for size in range(1, len(self._prior) + 1):
+            for support in map(list, combinations(indices, size)):
+                solution = np.linalg.solve(gram[np.ix_(support, support)], moment[support])
+                error = -float(moment[support] @ solution)
+                if error < best_error and (solution >= 0.0).all():
+                    best, best_error = np.zeros(len(self._prior)), error
+                    best[support] = solution
+        if best is not None and np.isfinite(best).all():
+            self.coefficients = tuple(best.tolist())
+
+
+class LearntPrefill:
+    """A constant, a cost per token, and one per pair of tokens that attend to each other."""
+
+    def __init__(self) -> None:
+        self._fit = RelativeFit(PRIOR_PREFILL)
+
+    def seconds(self, new_tokens: int, cached_tokens: int) -> float:
+        constant, per_token, per_pair = self._fit.coefficients
+        return constant + new_tokens * (per_token + per_pair * (new_tokens + 2 * cached_tokens))
+
+    def observe(self, new_tokens: int, cached_tokens: int, seconds: float) -> None:
+        self._fit.observe((1.0, float(new_tokens), float(new_tokens * (new_tokens + 2 * cached_tokens))), seconds)
+
+
+class DeclaredPrefill:
+    """A quadratic for each chunk of at most `chunk_tokens`, whatever is cached: how published models of accelerators are written."""
+
+    def __init__(self, *, constant_s: float, per_token_s: float, per_token_squared_s: float, chunk_tokens: int) -> None:
+        self._coefficients = (constant_s, per_token_s, per_token_squared_s)
+        self._chunk_tokens = chunk_tokens
+        self._full_chunk_s = self._chunk_s(chunk_tokens)
+
+    def seconds(self, new_tokens: int, cached_tokens: int) -> float:
+        full, rest = divmod(new_tokens, self._chunk_tokens)
+        return full * self._full_chunk_s + (self._chunk_s(rest) if rest else 0.0)
+
+    def observe(self, new_tokens: int, cached_tokens: int, seconds: float) -> None:
+        """Declared is declared."""
+
+    def _chunk_s(self, tokens: int) -> float:
+        constant, per_token, per_token_squared = self._coefficients
+        return constant + tokens * (per_token + per_token_squared * tokens)
+
+
+class LearntStep:
+    """A constant, a cost per running sequence, and one per KV block that is read."""
+
+    def __init__(self) -> None:
+        self._fit = RelativeFit(PRIOR_STEP)
+
+    def seconds(self, running: float, used_blocks: float, total_blocks: float) -> float:
+        constant, per_sequence, per_block = self._fit.coefficients
+        return constant + per_sequence * running + per_block * used_blocks
+
+    def observe(self, running: float, used_blocks: float, total_blocks: float, seconds: float) -> None:
+        self._fit.observe((1.0, running, used_blocks), seconds)
+
+
+class DeclaredStep:
+    """A quadratic of the share of the pool that is in use."""
+
+    def __init__(self, *, constant_s: float, per_share_s: float, per_share_squared_s: float) -> None:
+        self._coefficients = (constant_s, per_share_s, per_share_squared_s)
+
+    def seconds(self, running: float, used_blocks: float, total_blocks: float) -> float:
+        constant, per_share, per_share_squared = self._coefficients
+        share = min(1.0, used_blocks / total_blocks)
+        return constant + share * (per_share + per_share_squared * share)
+
+    def observe(self, running: float, used_blocks: float, total_blocks: float, seconds: float) -> None:
+        """Declared is declared."""
+
+
+class Slowness:
+    """For each row of a table one factor over a shape. `factor` is what the policy reads; drift() lets time pass."""
+
+    def __init__(self) -> None:
+        self.factor: Floats = np.ones(0)
+        self._log: Floats = np.zeros(0)
+        self._observed_s: Floats = np.full(0, -np.inf)  # -inf: never
+        self._surprises: list[int] = []  # in a row; negative: towards faster
+        self.median_log = 0.0
+
+    def resize(self, num_rows: int) -> None:
+        more = num_rows - len(self.factor)
+        self.factor = np.concatenate([self.factor, np.ones(more)])
+        self._log = np.concatenate([self._log, np.zeros(more)])
+        self._observed_s = np.concatenate([self._observed_s, np.full(more, -np.inf)])
+        self._surprises.extend([0] * more)
+
+    def reset(self, row: int) -> None:
+        """A new worker: it starts where the fleet is."""
+        self._log[row] = self.median_log
+        self._observed_s[row] = -np.inf
+        self._surprises[row] = 0
+        self.factor[row] = math.exp(self.median_log)
+
+    def relative(self, row: int) -> float:
+        """The factor of one worker over the fleet's."""
+        return float(self.factor[row]) / math.exp(self.median_log)
+
+    def observe(self, row: int, ratio: float, now_s: float) -> None:
+        """Takes observed seconds over the shape's; > 0."""
+        log = self._faded(row, now_s)
+        error = math.log(ratio) - log
+        if abs(error) <= SURPRISE:
+            self._surprises[row] = 0
+            log += 0.2 * error
+        else:
+            sign, before = (1 if error > 0.0 else -1), self._surprises[row]
+            count = self._surprises[row] = max(-8, min(8, before + sign if before * sign >= 0 else sign))
+            step = SURPRISE * 2.0 ** (abs(count) - 1)
+            log += 0.5 * max(-step, min(step, error))
+        log = max(-MAX_LOG_FACTOR, min(MAX_LOG_FACTOR, log))
+        self._log[row], self._observed_s[row], self.factor[row] = log, now_s, math.exp(log)
+
+    def drift(self, now_s: float) -> None:
+        """Moves all factors towards the fleet's median as far as they have not been observed lately."""
+        known = self._observed_s > -np.inf
+        if known.any():
+            self.median_log = float(np.median(self._log[known]))
+        fade = np.exp2((self._observed_s - now_s) * (1.0 / HALF_LIFE_S))
+        np.exp(self.median_log + (self._log - self.median_log) * fade, out=self.factor)
+
+    def _faded(self, row: int, now_s: float) -> float:
+        age_s = now_s - float(self._observed_s[row])
+        return self.median_log + (float(self._log[row]) - self.median_log) * math.exp2(-age_s / HALF_LIFE_S)
+
+
+class CostModel:
+    """What all workers of a fleet have in common.
+
+    wire_s_per_block                     on a link of slowness 1
+    remote_overhead_s, local_overhead_s  of a first token: what waiting, computing and moving blocks do not explain (calls, wake-ups),
+                                         when a prefill worker computes the prompt, and when decode does so itself
+    learns                               False: factors stay 1, what was declared is the truth
+    """
+
+    def __init__(self, *, prefill: PrefillShape, step: StepShape, wire_s_per_block: float, overhead_s: float, learns: bool) -> None:
+        self.prefill = prefill
+        self.step = step
+        self.wire_s_per_block = wire_s_per_block
+        self.remote_overhead_s = self.local_overhead_s = overhead_s
+        self.learns = learns
+        self.mean_output_tokens = PRIOR_OUTPUT_TOKENS
+        # Recent prompts, fading: what a reported backlog costs per token depends on how long its prompts are.
+        self._recent_s = prefill.seconds(1024, 0)
+        self._recent_tokens = 1024.0
+
+    @classmethod
+    def learnt(cls, *, block_bytes: int) -> "CostModel":
+        """Starts from priors; scale and proportions come from the fleet."""
+        wire_s = block_bytes / PRIOR_BYTES_PER_S
+        return cls(prefill=LearntPrefill(), step=LearntStep(), wire_s_per_block=wire_s, overhead_s=PRIOR_OVERHEAD_S, learns=True)
+
+    @classmethod
+    def declared(cls, *, prefill: PrefillShape, step: StepShape, wire_s_per_block: float = 0.0, overhead_s: float = 0.0) -> "CostModel":
+        """Costs that somebody else has measured, or made up."""
+        return cls(prefill=prefill, step=step, wire_s_per_block=wire_s_per_block, overhead_s=overhead_s, learns=False)
+
+    @property
+    def token_s(self) -> float:
+        """Seconds per prompt token, over recent prompts."""
+        return self._recent_s / self._recent_tokens
+
+    def note_prompt(self, new_tokens: int, seconds: float) -> None:
+        """A prompt that was sent somewhere, and the shape's seconds for it."""
+        self._recent_s += 0.02 * (seconds - self._recent_s)
+        self._recent_tokens += 0.02 * (new_tokens - self._recent_tokens)
+
+    def note_overhead(self, seconds: float, *, is_local: bool) -> None:
+        """Of one first token. Each moves the estimate by a tenth at most: a stall is no more telling than any other."""
+        if not self.learns or not math.isfinite(seconds):
+            return
+        before = self.local_overhead_s if is_local else self.remote_overhead_s
+        step = 0.1 * before + 1e-5
+        after = max(0.0, before + max(-step, min(step, 0.2 * (seconds - before))))
+        if is_local:
+            self.local_overhead_s = after
+        else:
+            self.remote_overhead_s = after
+
+    def note_output(self, output_tokens: int) -> None:
+        """A choice that has ended by itself."""
+        self.mean_output_tokens += 0.02 * (output_tokens - self.mean_output_tokens)
+
+
+class WorkerCosts:
+    """The factors of one table of workers. Observations that cannot be (not finite, not positive) are left out."""
+
+    def __init__(self, model: CostModel) -> None:
+        self._model = model
+        self.prefill = Slowness()
+        self.step = Slowness()
+        self.wire = Slowness()
+        self._all = (self.prefill, self.step, self.wire)
+
+    def resize(self, num_rows: int) -> None:
+        for slowness in self._all:
+            slowness.resize(num_rows)
+
+    def reset(self, row: int) -> None:
+        for slowness in self._all:
+            slowness.reset(row)
+
+    def drift(self, now_s: float) -> None:
+        """Lets what has not been observed lately go back to what is usual."""
+        if self._model.learns:
+            for slowness in self._all:
+                slowness.drift(now_s)
+
+    def observe_prefill(self, row: int, *, new_tokens: int, cached_tokens: int, seconds: float, now_s: float) -> None:
+        """A prompt was computed, its time in the queue not counted."""
+        if not self._model.learns or new_tokens <= 0 or cached_tokens < 0 or not _is_duration(seconds):
+            return
+        shape = self._model.prefill
+        # The shape is the typical worker's: a slow worker's seconds are brought to its scale first.
+        shape.observe(new_tokens, cached_tokens, seconds / self.prefill.relative(row))
+        self.prefill.observe(row, seconds / shape.seconds(new_tokens, cached_tokens), now_s)
+
+    def observe_steps(self, row: int, *, running: float, used_blocks: float, total_blocks: float, seconds: float, now_s: float) -> None:
+        """Decode steps of about `running` sequences took `seconds` each."""
+        if not self._model.learns or running <= 0 or used_blocks < 0 or total_blocks <= 0 or not _is_duration(seconds):
+            return
+        shape = self._model.step
+        shape.observe(running, used_blocks, total_blocks, seconds / self.step.relative(row))
+        self.step.observe(row, seconds / shape.seconds(running, used_blocks, total_blocks), now_s)
+
+    def observe_transfer(self, row: int, *, num_blocks: int, seconds: float, tail_s: float, now_s: float) -> None:
+        """Blocks came in over `seconds`, the last `tail_s` of them after the prompt had been computed."""
+        expected_s = num_blocks * self._model.wire_s_per_block
+        if not self._model.learns or expected_s <= 0.0 or not (_is_duration(seconds) and 0.0 <= tail_s < math.inf):
+            return
+        # While a prompt is computed its blocks wait for it, not for the wire: slower than expected means something only when the
+        # transfer went on afterwards. Faster than expected is always true.
+        if seconds < expected_s * self.wire.factor.item(row) or tail_s >= 0.5 * seconds:
+            self.wire.observe(row, seconds / expected_s, now_s)
+
+
+def _is_duration(seconds: float) -> bool:
+    """Whether work may take so long; false for NaN too."""
+    return 1e-7 <= seconds <= 1e6

@@ -1,0 +1,263 @@
+"""The router's end of a Session with one decode worker: requests go up as commands, their tokens come down in frames.
+
+Reconnects for as long as it runs. When a session breaks, every request in it hears why; what a request does then is its own matter.
+Knows nothing of text or of choosing.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import grpc
+
+from protos.baton.v1 import common_pb2, decode_pb2, decode_pb2_grpc
+from services.core.errors import BatonError, PeerUnavailable
+from services.core.types import FinishReason, TokenLogprobs
+from services.mesh import convert, status
+from services.mesh.client import open_channel
+from services.mesh.streams import SILENCE_S, with_heartbeats
+
+RECONNECT_S = 0.2
+
+_log = logging.getLogger(__name__)
+
+
+class Arrival(NamedTuple):  # one for each token of each request: a dataclass takes three times as long to make
+    """What one frame brought for one choice: `logprobs` has an entry for each token, or none at all."""
+
+    choice: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs]
+    finish_reason: FinishReason | None
+
+
+class RequestStream:
+    """What comes down for one attempt of a request; read by one task."""
+
+    def __init__(self, *, prompt_tokens: int, num_choices: int) -> None:
+        self.prefilled: decode_pb2.Prefilled | None = None
+        self._next_position = [prompt_tokens] * num_choices
+        self._arrivals: list[Arrival] = []
+        self._error: BatonError | None = None
+        self._reader: asyncio.Future[None] | None = None  # waits; an Event would do the same at twice the price
+
+    async def next_arrivals(self) -> list[Arrival]:
+        """All that has come since the last call, at least one; waits for it. Raises the error with which the attempt ended."""
+        while not self._arrivals:
+            if self._error is not None:
+                raise self._error
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        arrivals, self._arrivals = self._arrivals, []
+        return arrivals
+
+    def push(
+        self,
+        choice: int,
+        first_position: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs] = (),
+        finish_reason: FinishReason | None = None,
+    ) -> None:
+        """Takes the next tokens of a choice. A gap would be a wrong answer, so it ends the attempt."""
+        expected = self._next_position[choice]
+        if first_position != expected:
+            self.fail(PeerUnavailable(f"choice {choice} goes on at position {first_position}, not {expected}"))
+            return
+        self._next_position[choice] = expected + len(token_ids)
+        self._arrivals.append(Arrival(choice, token_ids, logprobs, finish_reason))
+        self._wake()
+
+    def end(self, choice: int, finish_reason: FinishReason) -> None:
+        """A choice has ended without another token."""
+        self._arrivals.append(Arrival(choice, (), (), finish_reason))
+        self._wake()
+
+    def fail(self, error: BatonError) -> None:
+        """Ends the attempt; what has arrived before can still be read."""
+        if self._error is None:
+            self._error = error
+            self._wake()
+
+    def _wake(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():  # done: it was cancelled
+            reader.set_result(None)
+
+
+class DecodeSession:
+    """One worker at `address`. run() keeps the session; `welcome` is None while there is none."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        router_id: str,
+        on_welcome: Callable[[decode_pb2.SessionWelcome], None],
+        on_load: Callable[[common_pb2.WorkerLoad], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._address = address
+        self._router_id = router_id
+        self._on_welcome = on_welcome
+        self._on_load = on_load
+        self._on_lost = on_lost
+        self._streams: dict[int, tuple[RequestStream, int]] = {}  # handle → (stream, choice)
+        self._commands: asyncio.Queue[decode_pb2.SessionCommand] = asyncio.Queue()
+        self._handles = itertools.count()
+        self.is_up = False
+
+    async def run(self) -> None:
+        """Connects, and connects again, until cancelled."""
+        async with open_channel(self._address) as channel:
+            stub = decode_pb2_grpc.DecodeServiceStub(channel)
+            said = ""
+            while True:
+                was_up = False
+                try:
+                    await self._hold(stub)
+                    error: BatonError = PeerUnavailable(f"{self._address} ended the session")
+                except grpc.aio.AioRpcError as rpc_error:
+                    error = status.from_rpc_error(rpc_error, self._address)
+                except PeerUnavailable as silence:
+                    error = silence
+                finally:
+                    was_up = self.is_up
+                    self._lose(PeerUnavailable(f"the session with {self._address} has ended"))
+                if was_up or error.message != said:  # not once more for each try
+                    _log.warning("no session with %s: %s", self._address, error.message)
+                    said = error.message
+                await asyncio.sleep(RECONNECT_S)
+
+    def start(self, start: decode_pb2.Start, stream: RequestStream, num_choices: int) -> int:
+        """Sends a request and has its tokens brought to `stream`; returns its handle, which `start` also gets.
+
+        Raises PeerUnavailable while there is no session.
+        """
+        if not self.is_up:
+            raise PeerUnavailable(f"there is no session with {self._address}")
+        handle = next(self._handles)
+        for _ in range(num_choices - 1):
+            next(self._handles)
+        start.handle = handle
+        for choice in range(num_choices):
+            self._streams[handle + choice] = (stream, choice)
+        self._commands.put_nowait(decode_pb2.SessionCommand(start=start))
+        return handle
+
+    def cancel(self, handle: int, num_choices: int) -> None:
+        """Ends a request, wherever it is; does nothing for one that has ended."""
+        open_choices = [choice for choice in range(num_choices) if self._streams.pop(handle + choice, None) is not None]
+        if open_choices and self.is_up:
+            self._commands.put_nowait(decode_pb2.SessionCommand(cancel=decode_pb2.Cancel(handle=handle)))
+
+    async def _hold(self, stub: decode_pb2_grpc.DecodeServiceStub) -> None:
+        """One session from hello to its end."""
+        self._commands = asyncio.Queue()
+        self._handles = itertools.count()
+        call = stub.Session()
+        try:
+            await call.write(decode_pb2.SessionCommand(hello=decode_pb2.SessionHello(router_id=self._router_id)))
+            async with asyncio.TaskGroup() as tasks:
+                writer = tasks.create_task(self._write(call))
+                async for frame in with_heartbeats(aiter(call), SILENCE_S):
+                    if frame is None:
+                        raise PeerUnavailable(f"{self._address} has said nothing for {SILENCE_S} s")
+                    self._take(frame)
+                writer.cancel()
+        except ExceptionGroup as group:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise asyncio.CancelledError from None  # a group with errors of its own swallows the cancel
+            raise group.exceptions[0] from None  # a broken stream fails reader and writer alike
+        finally:
+            call.cancel()
+
+    async def _write(self, call: "grpc.aio.StreamStreamCall[decode_pb2.SessionCommand, decode_pb2.StepFrame]") -> None:
+        while True:
+            await call.write(await self._commands.get())
+
+    def _take(self, frame: decode_pb2.StepFrame) -> None:
+        if frame.HasField("hello"):
+            self.is_up = True
+            self._on_welcome(frame.hello)
+        if frame.HasField("load"):
+            self._on_load(frame.load)
+        for prefilled in frame.prefilled:
+            if known := self._streams.get(prefilled.handle):
+                known[0].prefilled = prefilled
+        endings = {ending.handle: ending for ending in frame.endings}
+        if frame.handles:
+            handles, positions = convert.unpack_u32(frame.handles), convert.unpack_u32(frame.positions)
+            token_ids = convert.unpack_u32(frame.token_ids)
+            if not len(handles) == len(positions) == len(token_ids):
+                raise PeerUnavailable(f"{self._address} sent a frame whose columns differ in length")
+            if endings or frame.logprobs or len(set(handles)) < len(handles):
+                logprobs = {entry.entry: convert.logprobs_from_proto(entry.logprobs) for entry in frame.logprobs}
+                self._take_runs(handles, positions, token_ids, logprobs, endings)
+            else:
+                self._take_step(handles, positions, token_ids)
+        for handle, ending in endings.items():
+            self._take_ending(handle, ending)
+
+    def _take_step(self, handles: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]) -> None:
+        """One token for each of many choices and nothing else: what nearly all frames are."""
+        streams = self._streams
+        for handle, position, token_id in zip(handles, positions, token_ids, strict=True):
+            known = streams.get(handle)
+            if known is not None:  # else cancelled, or of an attempt that is over
+                known[0].push(known[1], position, (token_id,))
+
+    def _take_runs(
+        self,
+        handles: Sequence[int],
+        positions: Sequence[int],
+        token_ids: Sequence[int],
+        logprobs: Mapping[int, TokenLogprobs],
+        endings: dict[int, decode_pb2.Ending],
+    ) -> None:
+        """A choice's tokens come as one arrival, also when a late frame holds several steps. Takes out of `endings` what it has told."""
+        entries: dict[int, list[int]] = {}
+        for index, handle in enumerate(handles):
+            entries.setdefault(handle, []).append(index)
+        for handle, indices in entries.items():
+            known = self._streams.get(handle)
+            if known is None:
+                continue
+            stream, choice = known
+            first = positions[indices[0]]
+            if [positions[index] for index in indices] != list(range(first, first + len(indices))):
+                stream.fail(PeerUnavailable(f"{self._address} sent positions with a gap"))
+                continue
+            reason = None
+            ending = endings.get(handle)
+            if ending is not None and not ending.HasField("error"):
+                del endings[handle]
+                del self._streams[handle]
+                reason = convert.finish_reason_from_proto(ending.finish_reason)
+            stream.push(
+                choice, first, [token_ids[index] for index in indices], [logprobs[index] for index in indices if index in logprobs], reason
+            )
+
+    def _take_ending(self, handle: int, ending: decode_pb2.Ending) -> None:
+        known = self._streams.get(handle)
+        if known is None:
+            return
+        stream, choice = known
+        if not ending.HasField("error"):
+            del self._streams[handle]
+            stream.end(choice, convert.finish_reason_from_proto(ending.finish_reason) or FinishReason.ABORT)
+            return
+        for other in [other for other, (its_stream, _) in self._streams.items() if its_stream is stream]:
+            del self._streams[other]
+        stream.fail(status.from_proto(ending.error))
+
+    def _lose(self, error: BatonError) -> None:
+        if self.is_up:
+            self.is_up = False
+            self._on_lost()
+        streams = {id(stream): stream for stream, _ in self._streams.values()}
+        self._streams.clear()
+        for stream in streams.values():
+            stream.fail(error)

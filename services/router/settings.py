@@ -1,0 +1,51 @@
+"""Settings of a router."""
+
+import socket
+from dataclasses import dataclass
+
+from services.core.errors import InvalidRequest
+from services.mesh.server import ProcessSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSettings(ProcessSettings):
+    """
+    model               checkpoint directory or hub name, for its tokenizer and chat template; "demo": the model that ships with Baton
+    served_model_name   what clients call it; None: as the workers do
+    router_id           in logs, timings and sessions; None: host name and address
+    redis_url           where workers announce themselves
+    namespace           of the mesh in Redis: its workers, routers and index have equal ones
+    workers             members in place of Redis: role=host:port or role=worker_id@host:port each
+    kv_index            addresses of index services, the owner and its standbys; none: requests are routed by load alone
+    max_in_flight       requests accepted at once; one more is QueueFull
+    ttft_slo_s          requests whose first token is predicted later than this are shed; 0: none is
+    max_local_tokens    decode workers compute at most this many prompt tokens while there is a prefill worker; None: by predicted cost
+    """
+
+    listen: str = "127.0.0.1:50051"
+    model: str = "demo"
+    served_model_name: str | None = None
+    router_id: str | None = None
+    redis_url: str | None = None
+    namespace: str = "default"
+    workers: tuple[str, ...] = ()
+    kv_index: tuple[str, ...] = ()
+    max_in_flight: int = 1024
+    ttft_slo_s: float = 0.0
+    max_local_tokens: int | None = None
+
+    def validate(self) -> None:
+        """Raises InvalidRequest naming the first setting that is out of its limits."""
+        ProcessSettings.validate(self)
+        if (self.redis_url is None) == (not self.workers):
+            raise InvalidRequest("workers", "set either redis_url or workers, so that the router knows whom to ask")
+        if self.max_in_flight < 1:
+            raise InvalidRequest("max_in_flight", f"{self.max_in_flight} is less than 1", limit=1)
+        if self.max_local_tokens is not None and self.max_local_tokens < 0:
+            raise InvalidRequest("max_local_tokens", f"{self.max_local_tokens} is negative", limit=0)
+        if self.ttft_slo_s < 0:
+            raise InvalidRequest("ttft_slo_s", f"{self.ttft_slo_s} is negative", limit=0)
+
+    def resolved_router_id(self) -> str:
+        """The router's name."""
+        return self.router_id or f"{socket.gethostname()}-{self.listen}"

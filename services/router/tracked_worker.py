@@ -1,0 +1,253 @@
+"""One worker as the router knows it: its last report, what this router has sent it since, and what that means for the next request.
+
+A report is old when it arrives, and several routers send to the same worker. So each estimate is the last report, plus what this router
+has sent that cannot be in it yet, less what has ended since.
+
+    prompts waiting to be computed   `free_at_s`, the time at which the worker will have computed all it has: a dispatch moves it on, a
+                                     report sets it, time itself works it off
+    places and blocks on decode      counts, turned into the seconds until there is room and into the step time of the batch
+
+Knows no other worker, and no clock.
+"""
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from services.router.cost_model import CostModel
+from services.router.route import Route
+from services.router.worker_table import WorkerTable
+
+STALE_S = 5.0  # without a report for so long: not chosen
+SILENT_S = 1.0  # without a report for so long, two heartbeats: what it has is not expected to have got on since
+REFLECTED_AFTER_S = 0.05  # until a dispatch has reached its worker and shows in the reports that arrive
+FIRST_COOL_DOWN_S, LAST_COOL_DOWN_S = 0.5, 8.0  # a worker that failed counts as busy for so long; doubles with each failure in a row
+STEPS_TO_LEARN, STEPS_TO_LEARN_S = 16, 0.5  # a worker's steps are looked at after so many, or so long
+
+
+class Role(enum.Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class LoadReport(Protocol):
+    """How busy a worker is, as it says itself: baton.v1.WorkerLoad, or a simulated worker's."""
+
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def uncomputed_prompt_tokens(self) -> int: ...
+    @property
+    def blocks_total(self) -> int: ...
+    @property
+    def blocks_free(self) -> int: ...
+    @property
+    def blocks_cached(self) -> int: ...
+    @property
+    def engine_steps(self) -> int: ...
+    @property
+    def prefill_tokens(self) -> int: ...
+    @property
+    def decode_tokens(self) -> int: ...
+    @property
+    def step_s(self) -> float: ...
+    @property
+    def draining(self) -> bool: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+
+
+@dataclass(slots=True, eq=False)
+class InFlight:
+    """One dispatched route until it has ended; the fleet's own, callers only hand it back."""
+
+    route: Route
+    decode: "TrackedWorker | None"
+    prefill: "TrackedWorker | None"  # who is expected to compute the prompt; None when it has been
+    dispatched_s: float
+    in_decode_reports_s: float  # from this time on the reports count it
+    in_prefill_reports_s: float
+    ended: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class TrackedWorker:
+    """`row` is its place in the table of its role; None when it has left, which requests in flight may outlive."""
+
+    worker_id: str
+    role: Role
+    epoch: int
+    compatible: bool
+    model: CostModel
+    table: WorkerTable
+    row: int | None
+    reported_s: float = -math.inf  # never
+    draining: bool = False
+    suspected_until_s: float = -math.inf
+    failures: int = 0  # in a row
+    prompts: dict[InFlight, None] = field(default_factory=dict)  # sent by this router, not computed yet
+    requests: dict[InFlight, None] = field(default_factory=dict)  # sent by this router, not ended yet
+    _free_at_s: float = -math.inf
+    _others_s: float = 0.0  # of the reported backlog, what this router did not send
+    # As reported, and what has changed since.
+    _num_requests: int = 0
+    _max_num_seqs: int = 1
+    _blocks_total: int = 0
+    _blocks_available: int = 0
+    _requests_since: int = 0
+    _blocks_since: int = 0
+    _learnt: tuple[float, ...] | None = None  # time, engine_steps, step_s, prefill_tokens, decode_tokens when last learnt from
+
+    @property
+    def num_requests(self) -> int:
+        """Running and waiting."""
+        return max(0, self._num_requests + self._requests_since)
+
+    def can_be_chosen(self, now_s: float) -> bool:
+        return self.compatible and not self.draining and now_s - self.reported_s <= STALE_S
+
+    def why_not(self, now_s: float) -> str:
+        """For people; empty when it can be chosen."""
+        if self.can_be_chosen(now_s):
+            return ""
+        if not self.compatible:
+            return "another model or KV layout"
+        if self.draining:
+            return "draining"
+        if self.reported_s == -math.inf:
+            return "no report yet"
+        return f"silent for {now_s - self.reported_s:.1f} s"
+
+    def take_report(self, load: LoadReport, now_s: float) -> None:
+        self.reported_s = now_s
+        self.draining = load.draining
+        self._num_requests = load.num_running + load.num_waiting
+        self._max_num_seqs = max(1, load.max_num_seqs)
+        self._blocks_total = load.blocks_total
+        self._blocks_available = load.blocks_free + load.blocks_cached
+        unseen = [item for item in self.requests if item.in_decode_reports_s > now_s]
+        self._requests_since = sum(item.route.num_choices for item in unseen)
+        self._blocks_since = -sum(item.route.decode_blocks for item in unseen)
+        self._set_backlog(load.uncomputed_prompt_tokens, now_s)
+        if self.role is Role.DECODE:
+            self._learn_steps(load, now_s)
+        self.publish(now_s)
+
+    def suspect(self, now_s: float) -> None:
+        """It has failed a request: for a while others are better."""
+        self.suspected_until_s = now_s + min(LAST_COOL_DOWN_S, FIRST_COOL_DOWN_S * 2 ** min(self.failures, 8))
+        self.failures += 1
+        self.publish(now_s)
+
+    def send_prompt(self, item: InFlight, now_s: float) -> None:
+        self.prompts[item] = None
+        self._free_at_s = max(self._free_at_s, now_s) + item.route.compute_s
+
+    def prompt_computed(self, item: InFlight, now_s: float) -> None:
+        del self.prompts[item]
+        # The rest is still to be computed, as far as known from here.
+        others_s = max(0.0, self._others_s - (now_s - self.reported_s))
+        self._free_at_s = now_s + others_s + sum(other.route.compute_s for other in self.prompts)
+
+    def prompt_dropped(self, item: InFlight, now_s: float) -> None:
+        del self.prompts[item]
+        self._free_at_s = max(now_s, self._free_at_s - item.route.compute_s)
+
+    def send_request(self, item: InFlight) -> None:
+        self.requests[item] = None
+        self._requests_since += item.route.num_choices
+        self._blocks_since -= item.route.decode_blocks
+
+    def request_ended(self, item: InFlight) -> None:
+        del self.requests[item]
+        self._requests_since -= item.route.num_choices
+        self._blocks_since += item.route.decode_blocks
+
+    def publish(self, now_s: float) -> None:
+        """Writes its row of the table."""
+        table, row = self.table, self.row
+        if row is None:
+            return
+        table.reported_s[row] = self.reported_s
+        if not self.can_be_chosen(now_s):
+            table.free_at_s[row] = table.decode_costs[0, row] = math.inf
+            return
+        # Silence and failures count as work: other workers are better, but if there is none this one is tried.
+        penalty_s = max(0.0, now_s - self.reported_s - SILENT_S) + max(0.0, self.suspected_until_s - now_s)
+        table.free_at_s[row] = max(self._free_at_s, now_s) + penalty_s if penalty_s else self._free_at_s
+        table.blocks_total[row] = self._blocks_total
+        table.least_blocks_total = min(table.least_blocks_total, self._blocks_total)
+        if self.role is Role.DECODE:
+            self._publish_decode(row, penalty_s)
+
+    def _publish_decode(self, row: int, penalty_s: float) -> None:
+        table, step_s = self.table, self.model.step.seconds
+        num_requests = self.num_requests
+        running = min(num_requests, self._max_num_seqs)
+        total = max(1, self._blocks_total)
+        available = min(total, max(0, self._blocks_available + self._blocks_since))
+        used = total - available
+        slowness = table.costs.step.factor.item(row)
+        with_it = min(running + 1, self._max_num_seqs)
+        tpot_s = slowness * step_s(with_it, used, total)
+        few = 1.0 + 0.01 * total
+        tpot_s_per_block = max(0.0, slowness * step_s(with_it, used + few, total) - tpot_s) / few
+        # All requests that run now will have ended after about this long: places and blocks come back at that rate.
+        residence_s = self.model.mean_output_tokens * tpot_s
+        table.blocks_available[row] = available
+        table.least_blocks_available = min(table.least_blocks_available, available)
+        table.s_per_missing_block[row] = residence_s / max(1, used)
+        table.num_running[row] = running
+        table.tpot_s[row] = tpot_s
+        table.tpot_s_per_block[row] = tpot_s_per_block
+        table.decode_costs[0, row] = max(0, num_requests + 1 - self._max_num_seqs) * residence_s / max(1, running) + penalty_s
+        # A request's share in the step of the others is the average one, not the slope: slopes of fitted curves are not to be trusted.
+        table.decode_costs[1, row] = 2.0 * tpot_s - slowness * step_s(0, 0, total)
+        table.decode_costs[2, row] = 2.0 * tpot_s_per_block
+
+    def _set_backlog(self, uncomputed_tokens: int, now_s: float) -> None:
+        """When the worker will have computed its prompts, by its own report.
+
+        Of the tokens reported, those of this router's own requests cost what was predicted for them, the rest what tokens cost lately.
+        """
+        own_s = unseen_s = 0.0
+        own_tokens = own_prompt_tokens = 0
+        for item in self.prompts:
+            if item.in_prefill_reports_s > now_s:
+                unseen_s += item.route.compute_s
+            else:
+                own_s += item.route.compute_s
+                own_tokens += item.route.new_tokens
+                own_prompt_tokens += item.route.prompt_tokens
+        # A worker may not know yet what it will find in its cache: up to the length of our prompts the tokens may be ours.
+        others = max(0, uncomputed_tokens - own_prompt_tokens)
+        assert self.row is not None
+        self._others_s = others * self.model.token_s * self.table.costs.prefill.factor.item(self.row)
+        left = min(1.0, uncomputed_tokens / own_tokens) if own_tokens else 0.0
+        self._free_at_s = now_s + own_s * left + self._others_s + unseen_s
+
+    def _learn_steps(self, load: LoadReport, now_s: float) -> None:
+        before, now = self._learnt, (now_s, load.engine_steps, load.step_s, load.prefill_tokens, load.decode_tokens)
+        if before is None or load.engine_steps < before[1]:
+            self._learnt = now
+            return
+        elapsed_s, steps, step_s, prefill_tokens, decode_tokens = (b - a for a, b in zip(before, now, strict=True))
+        if steps < STEPS_TO_LEARN and not (steps and elapsed_s >= STEPS_TO_LEARN_S):
+            return
+        self._learnt = now
+        assert self.row is not None
+        costs = self.table.costs
+        prefill_s = prefill_tokens * self.model.token_s * costs.prefill.factor.item(self.row)
+        if prefill_s > 0.5 * step_s:
+            return  # what is left would be mostly the error of that estimate
+        costs.observe_steps(
+            self.row,
+            running=decode_tokens / steps,
+            used_blocks=self._blocks_total - self._blocks_available,
+            total_blocks=self._blocks_total,
+            seconds=(step_s - prefill_s) / steps,
+            now_s=now_s,
+        )

@@ -1,0 +1,1 @@
+"""What prefill and decode workers share: an engine beside a KV data plane, an index publisher and an announcement. A library."""

@@ -1,0 +1,87 @@
+"""The pool's memory from outside, and the fingerprint that says between which pools blocks may be copied."""
+
+import json
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.core.types import SamplingParams, TokenEvent
+from services.engine.core import EngineCore
+from services.engine.loader import load_model
+from services.engine.sequence import EngineRequest
+from services.engine.settings import EngineSettings
+from tests.unit.engine.conftest import BLOCK_BYTES
+
+SETTINGS = EngineSettings(block_size=16, kv_memory_bytes=8 * BLOCK_BYTES + 1)
+PROMPT = list(range(10, 50))
+
+
+def generate(core: EngineCore) -> list[int | None]:
+    core.add(EngineRequest(request_id="r", prompt_token_ids=PROMPT, sampling=SamplingParams(seed=1, max_tokens=20)))
+    tokens = []
+    while core.has_work:
+        for event in core.step():
+            assert isinstance(event, TokenEvent)
+            tokens.append(event.token_id)
+    return tokens
+
+
+def test_load_model_when_given_memory_puts_the_pool_there_block_by_block(checkpoint: Path) -> None:
+    """As a process does: a mapped memfd, which another process could map as well."""
+    descriptor = os.memfd_create("kv")
+
+    def allocate(num_blocks: int, block_bytes: int) -> mmap.mmap:
+        assert (num_blocks, block_bytes) == (8, BLOCK_BYTES)
+        os.ftruncate(descriptor, num_blocks * block_bytes)
+        return mmap.mmap(descriptor, num_blocks * block_bytes)
+
+    core = load_model(checkpoint, SETTINGS, allocate_kv=allocate).core
+    assert (core.num_blocks, core.block_bytes, core.block_size) == (8, BLOCK_BYTES, 16)
+    assert generate(core) == generate(load_model(checkpoint, SETTINGS).core)
+    for block_id in core.pool.match_prefix(list(core.pool._block_of)):
+        there = os.pread(descriptor, core.block_bytes, block_id * core.block_bytes)
+        assert any(there)
+        assert there == core._runner.pool[block_id].numpy().tobytes()
+    os.close(descriptor)
+
+
+def test_load_model_when_given_memory_that_is_larger_uses_its_beginning(checkpoint: Path) -> None:
+    memory = bytearray(10 * BLOCK_BYTES)
+    core = load_model(checkpoint, SETTINGS, allocate_kv=lambda *_: memory).core
+    core._runner.pool.fill_(1.0)
+    assert any(memory[8 * BLOCK_BYTES - 4 : 8 * BLOCK_BYTES])
+    assert not any(memory[8 * BLOCK_BYTES :])
+
+
+@pytest.mark.parametrize("memory", [bytearray(8 * BLOCK_BYTES - 1), memoryview(bytes(8 * BLOCK_BYTES))])
+def test_load_model_when_given_memory_is_too_small_or_read_only_does_not_start(checkpoint: Path, memory: bytearray | memoryview) -> None:
+    with pytest.raises(AssertionError):
+        load_model(checkpoint, SETTINGS, allocate_kv=lambda *_: memory)
+
+
+def fingerprint(checkpoint: Path, **settings: Any) -> bytes:
+    fields: dict[str, Any] = {"block_size": 16, "kv_memory_bytes": 8 * BLOCK_BYTES}
+    return load_model(checkpoint, EngineSettings(**{**fields, **settings})).core.layout_fingerprint
+
+
+def test_layout_fingerprint_when_blocks_mean_the_same_is_equal_and_else_differs(checkpoint: Path, tmp_path: Path) -> None:
+    here = fingerprint(checkpoint)
+    assert len(here) == 32
+    for settings in ({}, {"kv_memory_bytes": 20 * BLOCK_BYTES}, {"num_threads": 2}, {"max_model_len": 64}, {"max_num_seqs": 3}):
+        assert fingerprint(checkpoint, **settings) == here
+    others = [fingerprint(checkpoint, block_size=32), fingerprint(checkpoint, dtype="bfloat16"), fingerprint(checkpoint, dtype="float16")]
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["rope_theta"] = 20_000.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    others.append(fingerprint(tmp_path))
+    assert len({here, *others}) == 5
+
+
+def test_model_fingerprint_when_only_the_layout_differs_is_the_same(checkpoint: Path) -> None:
+    cores = [load_model(checkpoint, EngineSettings(block_size=size, kv_memory_bytes=8 * BLOCK_BYTES)).core for size in (16, 32)]
+    assert cores[0].model_fingerprint == cores[1].model_fingerprint
+    assert len(cores[0].model_fingerprint) == 32

@@ -1,0 +1,205 @@
+"""Discovery over a real Redis: members come, change and go with their leases, and stay while Redis cannot be trusted."""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from services.core.errors import ConfigurationError
+from services.mesh.discovery import Announcement, RedisDiscovery, StaticDiscovery, WorkerRecord
+from services.mesh.redis_server import RedisServer
+from services.mesh.redis_store import RedisStore, Script, ScriptCall
+
+LEASE_S = 0.6
+FLUSH = ScriptCall(script=Script("return redis.call('FLUSHALL')"), keys=[])
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+def record(number: int, epoch: int = 1) -> WorkerRecord:
+    return WorkerRecord(worker_id=f"w{number}", epoch=epoch, role="decode", address=f"127.0.0.1:{7000 + number}")
+
+
+def announced(store: RedisStore, worker: WorkerRecord, namespace: str = "default") -> Announcement:
+    return Announcement(store, worker, namespace=namespace, lease_s=LEASE_S, renewal_s=0.1)
+
+
+class Members:
+    """What watch() said last, as it says it."""
+
+    def __init__(self, store: RedisStore) -> None:
+        self.history: list[set[WorkerRecord]] = []
+        self._discovery = RedisDiscovery(store, lease_s=LEASE_S, poll_s=0.02)
+        self._changed = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator["Members"]:
+        watching = asyncio.create_task(self._watch())
+        try:
+            yield self
+        finally:
+            watching.cancel()
+            await asyncio.wait((watching,))
+
+    async def wait(self, *members: WorkerRecord) -> None:
+        async with asyncio.timeout(10):
+            while not self.history or self.history[-1] != set(members):
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def _watch(self) -> None:
+        async for members in self._discovery.watch():
+            self.history.append(set(members))
+            self._changed.set()
+
+
+def test_watch_when_workers_come_and_withdraw_then_tells_all_members_each_time(server: RedisServer) -> None:
+    async def test() -> None:
+        async with RedisStore(server.url) as store, Members(store).watched() as members:
+            await members.wait()
+            async with announced(store, record(1)):
+                await members.wait(record(1))
+                async with announced(store, record(2)) as second:
+                    await members.wait(record(1), record(2))
+                    await second.withdraw()
+                    await members.wait(record(1))
+                    await second.withdraw()
+            await members.wait()
+            assert members.history == [set(), {record(1)}, {record(1), record(2)}, {record(1)}, set()]
+
+    asyncio.run(test())
+
+
+def test_watch_when_a_worker_is_killed_then_it_is_a_member_until_its_lease_runs_out(server: RedisServer) -> None:
+    program = f"""
+import asyncio
+from services.mesh.discovery import Announcement, WorkerRecord
+from services.mesh.redis_store import RedisStore
+async def main():
+    async with RedisStore({server.url!r}) as store, Announcement(store, {record(1)!r}, lease_s={LEASE_S}, renewal_s=0.1):
+        await asyncio.sleep(60)
+asyncio.run(main())
+"""
+
+    async def test() -> None:
+        async with RedisStore(server.url) as store, Members(store).watched() as members, announced(store, record(2)):
+            worker = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
+            await members.wait(record(1), record(2))
+            worker.kill()
+            await worker.wait()
+            await members.wait(record(2))
+
+    asyncio.run(test())
+
+
+def test_watch_when_a_worker_starts_again_then_the_later_epoch_takes_its_place(server: RedisServer) -> None:
+    async def test() -> None:
+        async with RedisStore(server.url) as store, Members(store).watched() as members, contextlib.AsyncExitStack() as stack:
+            old = await stack.enter_async_context(announced(store, record(1, epoch=9)))
+            await members.wait(record(1, epoch=9))
+            await stack.enter_async_context(announced(store, record(1, epoch=10)))
+            await members.wait(record(1, epoch=10))
+            await old.withdraw()  # takes back its own announcement only
+            await stack.enter_async_context(announced(store, record(2)))
+            await members.wait(record(1, epoch=10), record(2))
+
+    asyncio.run(test())
+
+
+def test_watch_when_another_namespace_has_members_then_they_are_not_ours(server: RedisServer) -> None:
+    async def test() -> None:
+        async with RedisStore(server.url) as store, Members(store).watched() as members:
+            async with announced(store, record(1), namespace="other"), announced(store, record(2)):
+                await members.wait(record(2))
+            assert all(record(1) not in seen for seen in members.history)
+
+    asyncio.run(test())
+
+
+def test_watch_when_redis_restarts_empty_then_no_living_member_is_ever_missing(server: RedisServer) -> None:
+    async def test() -> None:
+        async with RedisStore(server.url) as store, Members(store).watched() as members, announced(store, record(1)):
+            await members.wait(record(1))
+            told = len(members.history)
+            server.kill()
+            await asyncio.sleep(0.1)
+            server.start()
+            async with announced(store, record(2)):
+                await members.wait(record(1), record(2))
+            await members.wait(record(1))
+            assert all(record(1) in seen for seen in members.history[told:])
+
+    asyncio.run(test())
+
+
+def test_watch_when_redis_loses_its_data_then_the_living_stay_and_the_dead_go(server: RedisServer) -> None:
+    async def test() -> None:
+        async with RedisStore(server.url) as store, Members(store).watched() as members, announced(store, record(1)):
+            async with RedisStore(server.url) as doomed:
+                worker = announced(doomed, record(2))
+                await worker.__aenter__()
+                await members.wait(record(1), record(2))
+                told = len(members.history)
+                await store.run([FLUSH])
+                await worker.__aexit__()
+            await members.wait(record(1))
+            assert all(record(1) in seen for seen in members.history[told:])
+
+    asyncio.run(test())
+
+
+def test_watch_when_an_announcement_cannot_be_read_then_it_is_left_out(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    spoil = ScriptCall(
+        script=Script("return redis.call('HSET', KEYS[1], 'w9', '00000000000000000001 99999999999999 {broken')"),
+        keys=["baton:{default}:members"],
+    )
+
+    async def test() -> None:
+        async with RedisStore(server.url) as store, announced(store, record(1)):
+            await store.run([spoil])
+            async with Members(store).watched() as members:
+                await members.wait(record(1))
+
+    asyncio.run(test())
+    assert "cannot be read" in caplog.text
+
+
+def test_announcement_when_redis_is_away_then_entering_and_leaving_do_not_fail(caplog: pytest.LogCaptureFixture) -> None:
+    with RedisServer() as gone:
+        url = gone.url
+
+    async def test() -> None:
+        async with RedisStore(url) as store, announced(store, record(1)):
+            await asyncio.sleep(0.05)
+
+    asyncio.run(test())
+    assert "not announced: redis:" in caplog.text
+    assert "not withdrawn" in caplog.text
+
+
+def test_static_discovery_when_parsed_then_gives_its_members_and_never_ends() -> None:
+    discovery = StaticDiscovery.parse(["prefill=10.0.0.1:7000", "decode=d1@[::1]:7001"])
+
+    async def test() -> None:
+        members = discovery.watch()
+        assert await anext(members) == {
+            WorkerRecord(worker_id="10.0.0.1:7000", epoch=0, role="prefill", address="10.0.0.1:7000"),
+            WorkerRecord(worker_id="d1", epoch=0, role="decode", address="[::1]:7001"),
+        }
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await anext(members)
+
+    asyncio.run(test())
+
+
+def test_static_discovery_when_entries_are_wrong_then_names_them_all() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        StaticDiscovery.parse(["prefill", "decode=host", "decode=:80", "decode=host:0", "=host:80", "decode=host:80"])
+    assert len(caught.value.problems) == 5
