@@ -74,9 +74,14 @@ class Mesh:
 
     async def router(self, workers: Sequence[str], **settings: Any) -> str:
         """Starts a router over these workers and waits until it can use them all; returns its address."""
-        address = f"127.0.0.1:{free_port()}"
-        self._start(address, serve_router, RouterSettings(listen=address, workers=tuple(workers), log_format="text", **settings))
+        address = self.router_over(workers, **settings)
         await self.wait_for(address, lambda status: sum(worker.state == "up" for worker in status.workers) == len(workers))
+        return address
+
+    def router_over(self, workers: Sequence[str], **settings: Any) -> str:
+        """Starts a router over these workers; returns its address."""
+        address = f"127.0.0.1:{free_port()}"
+        self._start(address, serve_router, RouterSettings(listen=address, workers=tuple(workers), **settings))
         return address
 
     async def generate(self, router: str, prompt: Sequence[int] | str, sampling: SamplingParams, **fields: Any) -> Reply:

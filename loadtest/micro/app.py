@@ -1,12 +1,13 @@
 """The `micro` commands: run, print, and with --check fail when a figure falls short."""
 
+import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from loadtest.micro import engine as engine_benchmark
-from loadtest.micro.figure import print_figures
+from loadtest.micro.figure import Figure, print_figures
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -30,7 +31,47 @@ def engine(
     vllm: Annotated[Path | None, typer.Option(help="A Python interpreter that has vLLM: measures beside it as well.")] = None,
 ) -> None:
     """The engine in process, beside transformers' generate on the same checkpoint."""
-    figures, conditions = engine_benchmark.measure(runs=runs, num_threads=threads, vllm_python=vllm)
+    from loadtest.micro import engine as benchmark  # torch takes seconds, which the other benchmarks should not
+
+    _report(*benchmark.measure(runs=runs, num_threads=threads, vllm_python=vllm), as_json=as_json, check=check)
+
+
+@app.command()
+def kv_transfer(as_json: Json = False, check: Check = False, runs: Runs = 5) -> None:
+    """KV blocks from process to process over shm, tcp and grpc, beside bare sockets and a bare memory copy."""
+    _measure("kv_transfer", runs, as_json=as_json, check=check)
+
+
+@app.command()
+def routing(as_json: Json = False, check: Check = False, runs: Runs = 5) -> None:
+    """Decisions among a thousand workers that hold two million blocks."""
+    _measure("routing", runs, as_json=as_json, check=check)
+
+
+@app.command()
+def index(as_json: Json = False, check: Check = False, runs: Runs = 5) -> None:
+    """The prefix index as a process with its Redis: look-ups, events on their way to a router, events absorbed."""
+    _measure("index", runs, as_json=as_json, check=check)
+
+
+@app.command()
+def frames(as_json: Json = False, check: Check = False, runs: Runs = 5) -> None:
+    """Tokens from decode to router in step frames beside one stream per request, and what a token costs the router."""
+    _measure("frames", runs, as_json=as_json, check=check)
+
+
+@app.command()
+def mesh_overhead(as_json: Json = False, check: Check = False, runs: Runs = 5) -> None:
+    """How much of the time to a first token is not the model, on an idle mesh."""
+    _measure("mesh_overhead", runs, as_json=as_json, check=check)
+
+
+def _measure(name: str, runs: int, *, as_json: bool, check: bool) -> None:
+    benchmark = importlib.import_module(f"loadtest.micro.{name}")
+    _report(*benchmark.measure(runs=runs), as_json=as_json, check=check)
+
+
+def _report(figures: Sequence[Figure], conditions: dict[str, object], *, as_json: bool, check: bool) -> None:
     print_figures(figures, conditions, as_json=as_json)
     if check and not all(figure.reached for figure in figures):
         raise typer.Exit(1)

@@ -16,6 +16,7 @@ from protos.baton.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from services.mesh import convert
 from services.mesh.client import open_channel
 
+ELSEWHERE, ON_DECODE = "prefill elsewhere", "prompt computed on decode"
 PROMPT_TOKENS = 256
 OUTPUT_TOKENS = 8
 WARM_UP = 5
@@ -26,16 +27,16 @@ FIRST_WORD, VOCAB_SIZE = 300, 4096
 
 def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
     """Overheads of the two ways a prompt can take, and their stages."""
-    ways = {"prefill elsewhere": 0, "prompt computed on decode": 1 << 20}
-    overheads: dict[str, list[float]] = {way: [] for way in ways}
-    timings: dict[str, list[inference_pb2.RequestTiming]] = {way: [] for way in ways}
+    overheads: dict[str, list[float]] = {way: [] for way in (ELSEWHERE, ON_DECODE)}
+    timings: dict[str, list[inference_pb2.RequestTiming]] = {way: [] for way in (ELSEWHERE, ON_DECODE)}
     with contextlib.ExitStack() as stack:
         prefill = stack.enter_context(service("prefill", worker_id="prefill-0"))
         decode = stack.enter_context(service("decode", worker_id="decode-0"))
-        workers = f"prefill=prefill-0@{prefill.address},decode=decode-0@{decode.address}"
-        routers = {way: stack.enter_context(service("router", workers=workers, max_local_tokens=limit)) for way, limit in ways.items()}
-        for router in routers.values():
-            asyncio.run(wait_for_workers(router.address, 2))
+        workers = {ELSEWHERE: f"prefill=prefill-0@{prefill.address},decode=decode-0@{decode.address}"}
+        workers[ON_DECODE] = f"decode=decode-0@{decode.address}"
+        routers = {way: stack.enter_context(service("router", workers=workers[way], max_local_tokens=0)) for way in workers}
+        for way, router in routers.items():
+            asyncio.run(wait_for_workers(router.address, workers[way].count("=")))
             asyncio.run(_run(router.address, WARM_UP))
         for _ in range(runs):
             for way, router in routers.items():
@@ -43,7 +44,7 @@ def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
                 timings[way] += made
                 overheads[way].append(statistics.median(timing.ttft_s - timing.model_s for timing in made) * 1e3)
     figures = []
-    for way in ways:
+    for way in overheads:
         figures.append(
             Figure(
                 name=f"outside the model until the first token, {way}",
@@ -55,7 +56,7 @@ def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
                 on_ratio=False,
             )
         )
-        assert {bool(timing.prefill_worker_id) for timing in timings[way]} == {way == "prefill elsewhere"}
+        assert {bool(timing.prefill_worker_id) for timing in timings[way]} == {way == ELSEWHERE}
         for name in ("tokenize_s", "route_s", "decode_queue_s", "prefill_queue_s", "prefill_s", "model_s", "transfer_tail_s", "ttft_s"):
             stage = statistics.median(getattr(timing, name) for timing in timings[way])
             figures.append(Figure(name=f"  {name.removesuffix('_s')}", value=stage * 1e3, unit="ms", runs=runs, on_ratio=False))

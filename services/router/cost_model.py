@@ -169,6 +169,7 @@ class Slowness:
         self._observed_s: Floats = np.full(0, -np.inf)  # -inf: never
         self._surprises: list[int] = []  # in a row; negative: towards faster
         self.median_log = 0.0
+        self.greatest = 1.0  # no factor is greater
 
     def resize(self, num_rows: int) -> None:
         more = num_rows - len(self.factor)
@@ -183,6 +184,7 @@ class Slowness:
         self._observed_s[row] = -np.inf
         self._surprises[row] = 0
         self.factor[row] = math.exp(self.median_log)
+        self.greatest = max(self.greatest, self.factor.item(row))
 
     def relative(self, row: int) -> float:
         """The factor of one worker over the fleet's."""
@@ -201,7 +203,9 @@ class Slowness:
             step = SURPRISE * 2.0 ** (abs(count) - 1)
             log += 0.5 * max(-step, min(step, error))
         log = max(-MAX_LOG_FACTOR, min(MAX_LOG_FACTOR, log))
-        self._log[row], self._observed_s[row], self.factor[row] = log, now_s, math.exp(log)
+        factor = math.exp(log)
+        self._log[row], self._observed_s[row], self.factor[row] = log, now_s, factor
+        self.greatest = max(self.greatest, factor)
 
     def drift(self, now_s: float) -> None:
         """Moves all factors towards the fleet's median as far as they have not been observed lately."""
@@ -210,6 +214,7 @@ class Slowness:
             self.median_log = float(np.median(self._log[known]))
         fade = np.exp2((self._observed_s - now_s) * (1.0 / HALF_LIFE_S))
         np.exp(self.median_log + (self._log - self.median_log) * fade, out=self.factor)
+        self.greatest = float(self.factor.max(initial=0.0))
 
     def _faded(self, row: int, now_s: float) -> float:
         age_s = now_s - float(self._observed_s[row])

@@ -110,58 +110,65 @@ class _Choice:
     def route(self) -> Route:
         request, fleet, weights = self._request, self._fleet, self._weights
         first = len(fleet.prefill.worker_ids)  # decode worker's row where both tables lie side by side
-        compute_s = np.array(self._typical_s).take(self._prefixes.levels)
-        compute_s *= fleet.prefill_factor
-        prompt_cost = np.maximum(fleet.free_at_s - fleet.now_s, fleet.zeros)
-        prompt_cost += self._dear * compute_s
+        by_level = self._seconds_by_level()
+        by_row = np.array(by_level).take(self._prefixes.levels, axis=1, mode="clip")
 
-        prefill_cost = prompt_cost[:first]
+        prompt_cost = by_row[0]
+        prompt_cost *= fleet.prefill_factor
+        prompt_cost += np.maximum(fleet.free_at_s - fleet.now_s, fleet.zeros)
+        prefill_cost, local_cost = prompt_cost[:first], prompt_cost[first:-1]
         _rule_out(prefill_cost, fleet.prefill, request, self._prompt_blocks)
         p = _pick(prefill_cost, prefill_cost, request.spread, weights)
 
-        levels = self._prefixes.levels[first:-1]
-        local_cost = prompt_cost[first:-1]
-        local_cost += self._stall_s(levels)
-        if p is None:
-            wire_s, remote_cost = fleet.zeros, np.full(len(local_cost), np.inf)
-        else:
-            wire_s = self._wire_s(levels)
-            remote_cost = self._remote_cost(p, compute_s.item(p), wire_s)
+        stall_s = by_row[1, first:-1]
+        stall_s *= fleet.decode.num_running
+        local_cost += stall_s
+        wire_s = by_row[2, first:-1]
+        wire_s *= fleet.decode.costs.wire.factor
+        remote_cost = None
+        if p is not None:
+            remote_cost = self._remote_cost(p, wire_s, max(by_level[2]))
             if request.max_local_tokens is not None:
-                missing = [request.prompt_tokens - n * fleet.block_size for n in self._prefixes.cached_blocks]
-                local_cost[np.array([tokens > request.max_local_tokens for tokens in missing]).take(levels)] = np.inf
-        decode_cost = self._decode_cost()
-        prompt_cost = np.minimum(local_cost, remote_cost)
-        decode_cost += prompt_cost
-        _rule_out(decode_cost, fleet.decode, request, self._prompt_blocks + 1)
-        d = _pick(decode_cost, prompt_cost, request.spread, weights)
+                local_cost[self._missing_tokens(first) > request.max_local_tokens] = np.inf
+        first_token_cost = local_cost if remote_cost is None else np.minimum(local_cost, remote_cost)
+        cost = self._decode_cost()
+        cost += first_token_cost
+        _rule_out(cost, fleet.decode, request, self._prompt_blocks + 1)
+        d = _pick(cost, first_token_cost, request.spread, weights)
         if d is None:
             raise _no_decode_worker(fleet, self._prompt_blocks + 1)
+        if p is None or remote_cost is None:
+            return self._describe(d, [], local_cost.item(d), np.inf, 0.0)
+        return self._describe(d, _cheapest_rows(prefill_cost, p), local_cost.item(d), remote_cost.item(d), wire_s.item(d))
 
-        candidates = [] if p is None else _cheapest_rows(prefill_cost, p)
-        return self._describe(d, candidates, compute_s, local_cost.item(d), remote_cost.item(d), wire_s.item(d))
+    def _seconds_by_level(self) -> tuple[list[float], list[float], list[float]]:
+        """On a typical worker, by how many blocks it holds: the prompt, what those that run there lose meanwhile, the transfer."""
+        # A chunk rides in a step that would have been made anyway: those that run stand still for its tokens, not for the step.
+        decode, wire_s = self._weights.decode, self._fleet.model.wire_s_per_block
+        return (
+            [self._dear * seconds for seconds in self._typical_s],
+            [decode * (seconds - self._one_token_s) for seconds in self._typical_s],
+            [(self._prompt_blocks - num_blocks) * wire_s for num_blocks in self._prefixes.cached_blocks],
+        )
 
-    def _stall_s(self, levels: npt.NDArray[np.intp]) -> Floats:
-        """What the requests that run on a decode worker lose while it computes the prompt, summed over them."""
-        # A chunk rides in a step that would have been made anyway: they stand still for its tokens, not for the step.
-        by_level = [self._weights.decode * (seconds - self._one_token_s) for seconds in self._typical_s]
-        stall_s = np.array(by_level).take(levels)
-        stall_s *= self._fleet.decode.num_running
-        return stall_s
+    def _missing_tokens(self, first: int) -> npt.NDArray[np.int64]:
+        """Of the prompt, on each decode worker."""
+        by_level = [self._request.prompt_tokens - n * self._fleet.block_size for n in self._prefixes.cached_blocks]
+        return np.array(by_level).take(self._prefixes.levels[first:-1])
 
-    def _wire_s(self, levels: npt.NDArray[np.intp]) -> Floats:
-        """Moving the blocks that a decode worker lacks."""
-        by_level = [(self._prompt_blocks - n) * self._fleet.model.wire_s_per_block for n in self._prefixes.cached_blocks]
-        wire_s = np.array(by_level).take(levels)
-        wire_s *= self._fleet.decode.costs.wire.factor
-        return wire_s
+    def _compute_s(self, row: int) -> float:
+        """The prompt, on the worker of this row of both tables."""
+        return self._typical_s[self._prefixes.levels.item(row)] * self._fleet.prefill_factor.item(row)
 
-    def _remote_cost(self, p: int, compute_s: float, wire_s: Floats) -> Floats:
+    def _remote_cost(self, p: int, wire_s: Floats, longest_wire_s: float) -> Floats:
         """A first token through prefill worker p, beyond what every decode worker's own would cost."""
-        model, weights = self._fleet.model, self._weights
-        queue_s = max(0.0, self._fleet.prefill.free_at_s.item(p) - self._fleet.now_s)
-        cost = np.maximum(wire_s - compute_s, weights.wire * wire_s)
-        cost += queue_s + self._dear * compute_s + (model.remote_overhead_s - model.local_overhead_s)
+        fleet, weights, compute_s = self._fleet, self._weights, self._compute_s(p)
+        cost = weights.wire * wire_s
+        # Mostly all transfers hide behind computing, and the share that counts anyway is all.
+        if (1.0 - weights.wire) * longest_wire_s * fleet.decode.costs.wire.greatest > compute_s:
+            cost = np.maximum(wire_s - compute_s, cost)
+        queue_s = max(0.0, fleet.prefill.free_at_s.item(p) - fleet.now_s)
+        cost += queue_s + self._dear * compute_s + (fleet.model.remote_overhead_s - fleet.model.local_overhead_s)
         return cost
 
     def _decode_cost(self) -> Floats:
@@ -173,7 +180,7 @@ class _Choice:
             cost += decode.s_per_missing_block * np.maximum(self._decode_blocks - decode.blocks_available, 0.0)
         return cost
 
-    def _describe(self, d: int, candidates: list[int], compute_s: Floats, local_cost: float, remote_cost: float, wire_s: float) -> Route:
+    def _describe(self, d: int, candidates: list[int], local_cost: float, remote_cost: float, wire_s: float) -> Route:
         request, fleet, model = self._request, self._fleet, self._fleet.model
         prefill, decode = fleet.prefill, fleet.decode
         first = len(prefill.worker_ids)
@@ -182,7 +189,7 @@ class _Choice:
         wait_s = decode.decode_costs.item(0, d) + decode.s_per_missing_block.item(d) * missing_blocks
         cached_tokens = block_size * cached_blocks[levels.item(first + d)]
         new_tokens = request.prompt_tokens - cached_tokens
-        queue_s, prompt_s = max(0.0, decode.free_at_s.item(d) - fleet.now_s), compute_s.item(first + d)
+        queue_s, prompt_s = max(0.0, decode.free_at_s.item(d) - fleet.now_s), self._compute_s(first + d)
         overhead_s, transfer_s = model.local_overhead_s, 0.0
         predicted_ttft_s = local_ttft_s = wait_s + queue_s + prompt_s + overhead_s
         is_local = local_cost <= remote_cost
@@ -192,8 +199,10 @@ class _Choice:
             local_tokens = max(local_tokens, new_tokens) if is_local else min(local_tokens, new_tokens - 1)
             if request.max_local_tokens is not None:
                 local_tokens = min(local_tokens, request.max_local_tokens)
+            if request.max_local_tokens is not None:
+                local_tokens = min(local_tokens, request.max_local_tokens)
             p = candidates[0]
-            p_queue_s, p_prompt_s = max(0.0, prefill.free_at_s.item(p) - fleet.now_s), compute_s.item(p)
+            p_queue_s, p_prompt_s = max(0.0, prefill.free_at_s.item(p) - fleet.now_s), self._compute_s(p)
             exposed_s = max(0.0, wire_s - p_prompt_s)
             remote_ttft_s = wait_s + p_queue_s + p_prompt_s + exposed_s + model.remote_overhead_s
             if not is_local:

@@ -73,6 +73,17 @@ async def begin(process: asyncio.subprocess.Process, receiver: KVReceiver) -> In
     return transfer
 
 
+async def freeze(process: asyncio.subprocess.Process) -> None:
+    """Returns when every one of its threads stands still: they do not all at once."""
+    process.send_signal(signal.SIGSTOP)
+    while thread_states(process.pid) != {"T"}:  # noqa: ASYNC110 (the kernel does it)
+        await asyncio.sleep(0.001)
+
+
+def thread_states(pid: int) -> set[str]:
+    return {stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")}
+
+
 def exact_blocks(memory: KVMemory, block_ids: tuple[int, ...]) -> int:
     return sum(memory.block(block_id) == pattern(index) for index, block_id in enumerate(block_ids))
 
@@ -115,7 +126,7 @@ def test_shm_transfer_when_its_sender_is_frozen_stays_in_quarantine_until_it_tha
         with KVMemory(NUM_BLOCKS, BLOCK_BYTES) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=["shm"]) as receiver, sending_process() as process:
                 transfer = await begin(process, receiver)
-                process.send_signal(signal.SIGSTOP)
+                await freeze(process)
                 assert not await transfer.fence(0.1)
                 async with asyncio.TaskGroup() as tasks:
                     waiting = tasks.create_task(transfer.wait_fenced())
@@ -140,7 +151,7 @@ def test_shm_transfer_when_its_frozen_sender_is_killed_is_fenced() -> None:
         with KVMemory(NUM_BLOCKS, BLOCK_BYTES) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=["shm"]) as receiver, sending_process() as process:
                 transfer = await begin(process, receiver)
-                process.send_signal(signal.SIGSTOP)
+                await freeze(process)
                 assert not await transfer.fence(0.05)
                 process.kill()
                 await transfer.wait_fenced()
@@ -153,7 +164,7 @@ def test_tcp_transfer_when_its_sender_is_frozen_is_fenced_by_the_receiver_alone(
         with KVMemory(NUM_BLOCKS, BLOCK_BYTES) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=["tcp"]) as receiver, sending_process() as process:
                 transfer = await begin(process, receiver)
-                process.send_signal(signal.SIGSTOP)
+                await freeze(process)
                 assert await transfer.fence(0.1)
                 target.buffer[:] = bytes(target.pool_bytes)
                 process.send_signal(signal.SIGCONT)

@@ -185,9 +185,7 @@ def test_supervisor_when_cancelled_in_the_start_ends_everything_at_once(tmp_path
     reports = Reports()
 
     async def run() -> None:
-        async with supervise(
-            tmp_path, [spec(tmp_path, "a", "back", "deaf"), spec(tmp_path, "b", "back", "never")], Reports()
-        ) as supervisor:
+        async with supervise(tmp_path, [spec(tmp_path, "a", "back", "deaf"), spec(tmp_path, "b", "back", "never")], reports) as supervisor:
             this_task = asyncio.current_task()
             assert this_task is not None
 

@@ -129,6 +129,22 @@ def test_choose_when_many_run_on_decode_does_not_make_them_wait_for_a_prompt() -
     assert not route(fleet, PROMPT).is_local
 
 
+@pytest.mark.parametrize("max_local_tokens", [0, 64, 640, 2048])
+@pytest.mark.parametrize("ttft_limit_s", [None, 1e-6])
+def test_choose_when_local_tokens_are_limited_computes_no_more_on_decode(max_local_tokens: int, ttft_limit_s: float | None) -> None:
+    fleet = make_fleet()
+    for worker_id in ("prefill-0", "prefill-1"):
+        fleet.report(worker_id, Load(uncomputed_prompt_tokens=100_000), 0.0)
+    for held in (0, BLOCKS - 10, BLOCKS):
+        request = RouteRequest(prompt_tokens=2048, max_output_tokens=9, max_local_tokens=max_local_tokens, ttft_limit_s=ttft_limit_s)
+        chosen = route(fleet, request, {"decode-0": held, "decode-1": held})
+        missing = 2048 - min(held, BLOCKS - 1) * BLOCK_SIZE
+        assert chosen.is_local == (missing <= max_local_tokens)
+        assert chosen.local_prefill_tokens <= max_local_tokens and (missing <= chosen.local_prefill_tokens) == chosen.is_local
+    alone = route(make_fleet(prefill=0), RouteRequest(prompt_tokens=2048, max_local_tokens=0))
+    assert alone.is_local and alone.local_prefill_tokens == 2048
+
+
 @given(
     backlog_tokens=st.integers(0, 200_000),
     num_running=st.integers(0, 64),

@@ -1,0 +1,250 @@
+"""Requests as clients send them, through a small mesh on the demo model: what they get, what they are told, what is freed."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+import pytest
+
+from protos.baton.v1 import common_pb2, inference_pb2
+from services.core import errors
+from services.core.types import FinishReason, SamplingParams
+from services.mesh import convert, status
+from tests.mesh import Mesh
+from tests.waiting import wait_until
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+LONG = SamplingParams(temperature=0.0, max_tokens=2000, ignore_eos=True)
+PROMPT = "def read_json(path):\n    "
+
+
+@dataclass(frozen=True, slots=True)
+class Small:
+    """One prefill and one decode worker, and two routers: `router` sends every prompt to prefill, `narrow` takes one request at a time."""
+
+    mesh: Mesh
+    router: str
+    narrow: str
+
+
+@asynccontextmanager
+async def small_mesh() -> AsyncIterator[Small]:
+    async with Mesh("demo") as mesh:
+        workers = [await mesh.prefill("p0"), await mesh.decode("d0")]
+        router = await mesh.router(workers, max_local_tokens=0)
+        yield Small(mesh, router, await mesh.router(workers, max_in_flight=1))
+
+
+def run(test: Callable[[Small], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        async with small_mesh() as small:
+            await test(small)
+            await small.mesh.loads(small.router)  # nothing runs and no block is owned afterwards
+
+    asyncio.run(main())
+
+
+async def refusal(small: Small, router: str = "", **fields: Any) -> errors.BatonError:
+    """The error with which a request ends."""
+    try:
+        async for _ in small.mesh.stub(router or small.router).Generate(inference_pb2.GenerateRequest(**fields)):
+            pass
+    except grpc.aio.AioRpcError as error:
+        return status.from_rpc_error(error, "router")
+    raise AssertionError("no error")
+
+
+def test_bad_requests_when_sent_are_refused_with_field_and_limit() -> None:
+    text = inference_pb2.Prompt(text=PROMPT)
+    cases: list[tuple[str, object, dict[str, Any]]] = [
+        ("prompt", None, {}),
+        ("prompt", "1", {"prompt": inference_pb2.Prompt(text="")}),
+        ("prompt", "4095", {"prompt": inference_pb2.Prompt(token_ids=convert.token_ids_to_proto([5] * 4096))}),
+        ("prompt", "4095", {"prompt": inference_pb2.Prompt(token_ids=convert.token_ids_to_proto([4096]))}),
+        ("prompt.token_ids", "4", {"prompt": inference_pb2.Prompt(token_ids=common_pb2.TokenIds(packed=b"12345"))}),
+        ("chat.messages", "1", {"prompt": inference_pb2.Prompt(chat=inference_pb2.Chat())}),
+        ("temperature", "[0.0, 100.0]", {"prompt": text, "sampling": common_pb2.SamplingParams(temperature=float("nan"))}),
+        ("temperature", "[0.0, 100.0]", {"prompt": text, "sampling": common_pb2.SamplingParams(temperature=-1)}),
+        ("n", "[1, 128]", {"prompt": text, "sampling": common_pb2.SamplingParams(n=4_000_000_000)}),
+        ("max_tokens", None, {"prompt": text, "sampling": common_pb2.SamplingParams(max_tokens=5000)}),
+        ("stop", "16", {"prompt": text, "stop": ["x"] * 17}),
+        ("stop", "1024", {"prompt": text, "stop": [""]}),
+        ("cache_salt", "1024", {"prompt": text, "cache_salt": "s" * 1025}),
+        ("logit_bias", "4095", {"prompt": text, "sampling": common_pb2.SamplingParams(logit_bias={5000: 1.0})}),
+    ]
+
+    async def test(small: Small) -> None:
+        for field, limit, fields in cases:
+            error = await refusal(small, **fields)
+            assert isinstance(error, errors.InvalidRequest), (fields, error)
+            assert error.field == field, (fields, error.message)
+            assert limit is None or error.limit == limit, (fields, error.limit)
+        assert isinstance(await refusal(small, model="other", prompt=text), errors.UnknownModel)
+        assert (await small.mesh.generate(small.router, PROMPT, GREEDY)).usage.completion_tokens > 0
+
+    run(test)
+
+
+def test_stop_string_when_it_comes_ends_the_text_before_it() -> None:
+    async def test(small: Small) -> None:
+        whole = await small.mesh.generate(small.router, PROMPT, GREEDY)
+        text = whole.texts[0]
+        stop = text[len(text) // 2 : len(text) // 2 + 3]
+        cut = await small.mesh.generate(small.router, PROMPT, GREEDY, stop=[stop])
+        assert cut.texts[0] == text[: text.index(stop)]
+        assert cut.finish_reasons == [FinishReason.STOP]
+        assert cut.tokens[0] == whole.tokens[0][: len(cut.tokens[0])]
+        assert cut.usage.completion_tokens == len(cut.tokens[0]) < len(whole.tokens[0])
+
+    run(test)
+
+
+def test_text_when_streamed_is_the_decode_of_its_tokens() -> None:
+    async def test(small: Small) -> None:
+        stub = small.mesh.stub(small.router)
+        reply = await small.mesh.generate(
+            small.router, PROMPT, replace(GREEDY, temperature=1.0, seed=3, n=3, max_tokens=40, ignore_eos=True)
+        )
+        for tokens, text in zip(reply.tokens, reply.texts, strict=True):
+            whole = await stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=convert.token_ids_to_proto(tokens)))
+            assert text == whole.text
+        ids = await stub.Tokenize(inference_pb2.TokenizeRequest(text=PROMPT))
+        assert reply.usage.prompt_tokens == len(ids.token_ids.packed) // 4
+        models = await stub.ListModels(inference_pb2.ListModelsRequest())
+        assert [model.name for model in models.models] == ["demo"]
+
+    run(test)
+
+
+def test_salt_when_it_differs_no_prefix_is_shared() -> None:
+    async def test(small: Small) -> None:
+        prompt = list(range(300, 400))
+
+        async def cached(salt: str) -> int:
+            reply = await small.mesh.generate(small.router, prompt, GREEDY, cache_salt=salt)
+            return reply.usage.cached_tokens
+
+        assert [await cached(salt) for salt in ("a", "b", "a", "")] == [0, 0, 96, 0]
+
+    run(test)
+
+
+def test_request_when_the_client_leaves_is_freed_everywhere() -> None:
+    """Cancelled after its first token, and while its prompt is computed."""
+
+    async def test(small: Small) -> None:
+        for tokens in (list(range(300, 330)), [300 + index % 3000 for index in range(2000)]):
+            call = small.mesh.stub(small.router).Generate(
+                inference_pb2.GenerateRequest(
+                    prompt=inference_pb2.Prompt(token_ids=convert.token_ids_to_proto(tokens)), sampling=convert.sampling_to_proto(LONG)
+                )
+            )
+            if len(tokens) < 100:
+                await call.read()
+            else:
+                await small.mesh.wait_for(small.router, lambda status: status.workers[0].load.blocks_owned > 0)
+            call.cancel()
+            seen = await small.mesh.status(small.router)
+            await wait_until(lambda: is_quiet(small), timeout_s=2.0)
+            assert seen.failed == 0
+        assert (await small.mesh.status(small.router)).cancelled == 2
+
+    run(test)
+
+
+async def is_quiet(small: Small) -> bool:
+    status = await small.mesh.status(small.router)
+    return status.in_flight == 0 and all(worker.load.blocks_owned == 0 for worker in status.workers)
+
+
+def test_request_when_its_deadline_passes_ends_with_deadline_exceeded() -> None:
+    async def test(small: Small) -> None:
+        request = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text=PROMPT), sampling=convert.sampling_to_proto(LONG))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in small.mesh.stub(small.router).Generate(request, timeout=0.4):
+                pass
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await wait_until(lambda: is_quiet(small), timeout_s=2.0)
+
+    run(test)
+
+
+def test_router_when_it_is_full_refuses_with_a_retry_delay() -> None:
+    async def test(small: Small) -> None:
+        stub = small.mesh.stub(small.narrow)
+        request = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text=PROMPT), sampling=convert.sampling_to_proto(LONG))
+        call = stub.Generate(request)
+        await call.read()
+        error = await refusal(small, small.narrow, prompt=inference_pb2.Prompt(text=PROMPT))
+        assert isinstance(error, errors.QueueFull)
+        assert error.retry_after_s > 0
+        call.cancel()
+        await wait_until(lambda: takes_one(small), timeout_s=2.0)
+        seen = await small.mesh.status(small.narrow)
+        assert (seen.shed, seen.in_flight) == (1, 0)
+
+    run(test)
+
+
+async def takes_one(small: Small) -> bool:
+    return (await small.mesh.status(small.narrow)).in_flight == 0
+
+
+def test_request_id_when_the_client_gives_one_is_returned_and_used() -> None:
+    async def test(small: Small) -> None:
+        request = inference_pb2.GenerateRequest(
+            prompt=inference_pb2.Prompt(text=PROMPT), sampling=convert.sampling_to_proto(GREEDY), include_timing=True
+        )
+        call = small.mesh.stub(small.router).Generate(request, metadata=(("x-request-id", "mine-1"),))
+        last = [response async for response in call][-1]
+        assert dict(await call.initial_metadata())["x-request-id"] == "mine-1"
+        assert last.timing.request_id == "mine-1"
+
+    run(test)
+
+
+def test_prompt_when_the_prefill_worker_is_gone_is_computed_on_decode() -> None:
+    """The router may still believe in p0 for the first request; the decode worker finds out and goes on by itself."""
+
+    async def test(small: Small) -> None:
+        mesh = small.mesh
+        before = await mesh.generate(small.router, PROMPT * 20, GREEDY)
+        assert before.timing.prefill_worker_id == "p0"
+        await mesh.stop("p0")
+        after = await mesh.generate(small.router, PROMPT * 21, GREEDY)
+        assert after.timing.prefill_worker_id == ""
+        assert after.usage.completion_tokens > 0
+
+    run(test)
+
+
+def test_workers_when_their_layouts_differ_are_shown_and_not_paired() -> None:
+    async def main() -> None:
+        async with Mesh("demo") as mesh:
+            other = await mesh.prefill("p0", block_size=32)
+            decode = await mesh.decode("d0")
+            router = await mesh.router([decode])
+            both = mesh.router_over([other, decode])
+            seen = await mesh.wait_for(both, lambda status: "incompatible" in {worker.state for worker in status.workers})
+            assert {worker.worker.worker_id: worker.state for worker in seen.workers} == {"p0": "incompatible", "d0": "up"}
+            replies = [await mesh.generate(address, PROMPT, GREEDY) for address in (router, both)]
+            assert replies[0].tokens == replies[1].tokens
+            assert replies[1].timing.prefill_worker_id == ""
+
+    asyncio.run(main())
+
+
+def test_logprobs_when_asked_for_belong_to_their_tokens() -> None:
+    async def test(small: Small) -> None:
+        reply = await small.mesh.generate(small.router, PROMPT, replace(GREEDY, logprobs=3))
+        assert len(reply.logprobs[0]) == len(reply.tokens[0])
+        for token_id, logprobs in zip(reply.tokens[0], reply.logprobs[0], strict=True):
+            assert logprobs.top_token_ids[0] == token_id  # greedy
+            assert logprobs.top_logprobs[0] == logprobs.chosen
+            assert len(logprobs.top_token_ids) == 3
+        assert all(sorted(logprobs.top_logprobs, reverse=True) == list(logprobs.top_logprobs) for logprobs in reply.logprobs[0])
+
+    run(test)
