@@ -105,10 +105,10 @@ def demo() -> None:
     """Starts a mesh on the demo model, sends it a few prompts that share a prefix, shows where the time went, stops it."""
     console = Console(highlight=False)
     began = time.monotonic()
-    logs = make_log_dir(None)
     with ReservedPorts() as ports:
         # A model this small computes a prompt faster than the blocks can be sent for; the demo is there to show them travel.
         plan = plan_mesh(MeshOptions(settings=("router.max_local_tokens=0",)), ports, os.environ)
+        logs = make_log_dir(None)
 
         async def work() -> None:
             await _send_prompts(console, plan.routers[0])
@@ -124,6 +124,7 @@ def demo() -> None:
 async def _send_prompts(console: Console, router: str) -> None:
     totals = _Totals()
     began = time.monotonic()
+    console.print("\nEach prompt goes by way of a prefill worker here, even where decode would be faster by itself.")
     async with RouterClient(router) as client:
         for number, prompt in enumerate(PROMPTS, start=1):
             request = inference_pb2.GenerateRequest(

@@ -7,8 +7,9 @@ from pathlib import Path
 from services.cli.printer import ChoicePrinter, Speed
 from services.cli.sampling import SamplingOptions
 from services.core.types import MAX_CHOICES, SamplingParams
+from services.engine.demo import TARGET_DIR
 from services.engine.engine import Engine
-from services.engine.loader import LoadedModel, demo_model_dir, load_model
+from services.engine.loader import LoadedModel, load_model
 from services.engine.sequence import EngineRequest
 from services.engine.settings import EngineSettings
 from services.tokenizer.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ class LocalGeneration:
         num_threads: int,
         num_choices: int,
     ) -> None:
-        directory = model or demo_model_dir()
+        directory = model or TARGET_DIR
         # A pool for one request, not for a server's: its memory is cleared at the start.
         settings = EngineSettings(
             dtype=dtype, max_model_len=max_model_len, num_threads=num_threads, max_num_seqs=min(max(num_choices, 1), MAX_CHOICES)

@@ -35,6 +35,7 @@ async def _run(plan: MeshPlan, log_dir: Path, board: StartBoard, work: Callable[
             supervisor.kill()
         else:
             is_interrupted = True
+            board.say("stopping; a second signal kills")
             this_task.cancel()
 
     loop = asyncio.get_running_loop()

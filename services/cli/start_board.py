@@ -47,6 +47,10 @@ class StartBoard:
         if self._live is None:
             self._console.print(f"{time.strftime('%H:%M:%S')}  {name:<{self._width}}  {words}", markup=False, highlight=False)
 
+    def say(self, words: str) -> None:
+        """Something that is about no process, on a line of its own."""
+        self._console.print(f"\n{words}", markup=False)
+
     def _view(self, spinner: Spinner) -> RenderableType:
         table = Table.grid(padding=(0, 2))
         for name, words in self._words.items():

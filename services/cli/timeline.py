@@ -12,7 +12,7 @@ from rich.text import Text
 from protos.baton.v1 import inference_pb2
 
 WIDTH = 80
-_LABEL, _DURATION, _BAR = 13, 9, 20
+_LABEL, _DURATION, _BAR = 13, 9, 18
 _NOTE_COLUMN = _LABEL + _DURATION + _BAR + 4
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -51,10 +51,10 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Decimal units: 512 B, 3.1 kB, 4.2 MB, 1.0 GB."""
+    """Decimal units: 512 B, 3.1 kB, 420 MB, 1.0 GB."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {unit}"
+            return f"{num_bytes / factor:.{1 if num_bytes < 99.95 * factor else 0}f} {unit}"
     return f"{num_bytes:.0f} B"
 
 
@@ -154,7 +154,8 @@ def _path(timing: inference_pb2.RequestTiming) -> str:
 def _moved(timing: inference_pb2.RequestTiming) -> str:
     words = f"{_count(timing.kv_blocks, 'block')}, {size(timing.kv_bytes)}, {timing.kv_transport}"
     if timing.transfer_s > 0:
-        words += f", {timing.kv_bytes / timing.transfer_s / 1e9:.2g} GB/s"
+        bytes_per_s = timing.kv_bytes / timing.transfer_s
+        words += f", {bytes_per_s / 1e9:.2f} GB/s" if bytes_per_s >= 1e8 else f", {bytes_per_s / 1e6:.1f} MB/s"
     return words
 
 

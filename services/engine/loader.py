@@ -1,7 +1,6 @@
 """From a checkpoint directory to an engine that can run: the one place where all the engine's parts are put together."""
 
 import mmap
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +79,3 @@ def choose_dtype(requested: str, checkpoint_dtype: str) -> torch.dtype:
 
 def _has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def demo_model_dir() -> Path:
-    """The target model that ships with Baton."""
-    return Path(os.path.dirname(__file__)) / "demo" / "target"

@@ -94,7 +94,6 @@ class Journal:
         """Redis does not have what the batch follows."""
         newer = self._waiting.get(batch.worker_id)
         if newer is None or newer.follows is not None:
-            self._waiting.pop(batch.worker_id, None)
             self._refused.add(batch.worker_id)
 
     def attach(self) -> None:

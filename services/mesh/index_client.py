@@ -262,7 +262,7 @@ class IndexReplica:
             elif change.snapshot:
                 told.add(change.worker_id)
                 self.index.replace(change.worker_id, epoch=change.epoch, sequence_number=change.sequence_number, hashes=change.stored)
-            elif change.worker_id not in told or not self.index.apply(
+            elif not self.index.apply(
                 change.worker_id,
                 epoch=change.epoch,
                 sequence_number=change.sequence_number,

@@ -14,15 +14,11 @@ import numpy as np
 import xxhash
 
 from services.mesh.kv_memory import KVMemory, PeerMemory
-from services.mesh.kv_wire import MAX_PACKET_FRAMES, Frame, FrameKind, block_checksum, recv_whole, send_whole
+from services.mesh.kv_wire import Frame, FrameKind, block_checksum, recv_whole, send_whole
 
 # A block is received and hashed in pieces of this size: what was just copied out of the kernel is still in the cache. Measured on
 # loopback, blocks of 1 and 8 MiB: 0.9–1.1 of a bare socket's rate, against 0.6–0.8 when the block is hashed after it is complete.
 _PIECE_BYTES = 128 << 10
-
-# Blocks that leave together: small ones are many, and each call and each wake-up of the peer's thread has its price.
-RUN_BYTES = 1 << 20
-MAX_RUN_BLOCKS = MAX_PACKET_FRAMES
 
 
 class Move(NamedTuple):
@@ -39,6 +35,7 @@ class SendingHalf(Protocol):
     sock: socket.socket
     transport: ClassVar[str]
     writes_peer_memory: ClassVar[bool]  # so that the connection may end only after the last copy: its end is the peer's fence
+    run_bytes: ClassVar[int]  # of blocks to push at once, if there are so many: each call and each wake-up of the peer has its price
 
     def push(self, transfer_id: bytes, run: Sequence[Move]) -> Sequence[Frame]:
         """Takes blocks out of the own pool; returns the frames that must still be sent. Raises OSError."""
@@ -61,6 +58,7 @@ class ReceivingHalf(Protocol):
 class TcpSendingHalf:
     transport: ClassVar[str] = "tcp"
     writes_peer_memory: ClassVar[bool] = False
+    run_bytes: ClassVar[int] = 1 << 20  # hashed, then sent: no more than stays in a core's cache between the two
 
     def __init__(self, sock: socket.socket, memory: KVMemory, *, checksum: bool) -> None:
         self.sock = sock
@@ -102,6 +100,7 @@ class TcpReceivingHalf:
 class ShmSendingHalf:
     transport: ClassVar[str] = "shm"
     writes_peer_memory: ClassVar[bool] = True
+    run_bytes: ClassVar[int] = 4 << 20  # one frame's wake-up costs as much time as copying a quarter of a megabyte
 
     def __init__(self, sock: socket.socket, memory: KVMemory, peer_memory: PeerMemory, *, checksum: bool) -> None:
         self.sock = sock

@@ -18,9 +18,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.core.errors import BatonError, PeerUnavailable, TransferFenced
-from services.mesh.kv_channel import MAX_RUN_BLOCKS, RUN_BYTES, Move, SendingHalf
+from services.mesh.kv_channel import Move, SendingHalf
 from services.mesh.kv_memory import KVMemory
-from services.mesh.kv_wire import Frame, FrameKind, ProtocolViolation, block_checksum, recv_frames, send_frames, shut_down
+from services.mesh.kv_wire import (
+    MAX_PACKET_FRAMES,
+    Frame,
+    FrameKind,
+    ProtocolViolation,
+    block_checksum,
+    recv_frames,
+    send_frames,
+    shut_down,
+)
 
 # How long a lane may take, when its connection ends, to tell the peer of the block that it has just copied.
 _LAST_WORDS_TIMEOUT_S = 1.0
@@ -103,7 +112,7 @@ class Connection:
         self._ready: deque[StreamedTransfer] = deque()  # those with something pending; each once
         self._num_inside = 0  # lanes that are in any block now
         self._error: BatonError | None = None  # once set, the connection is over
-        self._max_run_blocks = max(1, min(RUN_BYTES // memory.block_bytes, MAX_RUN_BLOCKS))
+        self._max_run_blocks = max(1, min(channel.run_bytes // memory.block_bytes, MAX_PACKET_FRAMES))
         kind = channel.transport
         self._lanes = [threading.Thread(target=self._run_lane, name=f"kv-send-{kind}-{i}", daemon=True) for i in range(num_lanes)]
         self._listener = threading.Thread(target=self._run_listener, name=f"kv-send-{kind}-listener", daemon=True)
@@ -251,7 +260,7 @@ class Connection:
             if self._error:
                 return None
             transfer = self._ready.popleft()
-            num_blocks = min(self._max_run_blocks, len(transfer.pending))
+            num_blocks = min(self._max_run_blocks, -(-len(transfer.pending) // len(self._lanes)))
             run = [block for block in (transfer.pending.popleft() for _ in range(num_blocks)) if block]
             if transfer.pending:
                 self._ready.append(transfer)

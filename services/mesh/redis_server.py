@@ -85,7 +85,8 @@ class RedisServer:
         program = find_server()
         self.port = self.port or _free_port()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
-        options = {"port": str(self.port), "bind": _HOST, "save": "", "appendonly": "no", "daemonize": "no", "loglevel": "warning"}
+        options = {"port": str(self.port), "bind": _HOST, "daemonize": "no", "loglevel": "warning", "save": "", "appendonly": "no"}
+        options["dbfilename"] = f"baton-{os.getpid()}-{self.port}.rdb"  # not one that another server left where we happen to be
         arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), str(program), *arguments],

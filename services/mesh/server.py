@@ -261,8 +261,6 @@ async def _boundary(context: Any) -> AsyncIterator[None]:
         yield
     except grpc.aio.AbortError:
         raise  # health and reflection abort by themselves
-    except grpc.aio.InternalError:
-        raise asyncio.CancelledError from None  # nothing can be sent any more: the caller has gone
     except (Exception, BaseExceptionGroup) as error:
         await context.abort_with_status(status.to_status(_only_one(error), request_id))
 

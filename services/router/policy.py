@@ -199,8 +199,6 @@ class _Choice:
             local_tokens = max(local_tokens, new_tokens) if is_local else min(local_tokens, new_tokens - 1)
             if request.max_local_tokens is not None:
                 local_tokens = min(local_tokens, request.max_local_tokens)
-            if request.max_local_tokens is not None:
-                local_tokens = min(local_tokens, request.max_local_tokens)
             p = candidates[0]
             p_queue_s, p_prompt_s = max(0.0, prefill.free_at_s.item(p) - fleet.now_s), self._compute_s(p)
             exposed_s = max(0.0, wire_s - p_prompt_s)

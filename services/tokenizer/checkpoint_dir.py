@@ -7,6 +7,7 @@ from services.core.errors import CheckpointError
 
 DEMO = "demo"
 # Weights in other formats, and other frameworks' files, would only cost time.
+UNWANTED = ("original/*", "consolidated*")  # the same weights once more
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
@@ -25,7 +26,7 @@ def resolve_checkpoint(model: str, *, demo: Path) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(WANTED)))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
     except Exception as error:  # its own errors, those of its HTTP client and of its storage have no base in common
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"no such directory, and the hub does not give it: {reason}", path=model) from error

@@ -4,12 +4,13 @@ The deadline of two seconds is the promise; on an idle machine all but the takeo
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import grpc
 import pytest
 
 from protos.baton.v1 import common_pb2, kv_index_pb2, kv_index_pb2_grpc
+from services.core.prefix_index import PrefixIndex
 from services.kv_index.redis_copy import RedisCopy
 from services.mesh.block_events import MAX_EVENT_HASHES, snapshot_events
 from services.mesh.client import open_channel
@@ -245,6 +247,65 @@ def test_index_when_redis_dies_and_comes_back_then_it_serves_throughout(redis: R
             await wait_stored(redis, HASHES[:102])
             await wait_until(lambda: worker.all_acknowledged)
             assert replica.num_subscriptions == 1
+
+    run(test())
+
+
+class RememberingIndex(PrefixIndex):
+    """Keeps all snapshots that it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.snapshots: list[set[bytes]] = []
+
+    def replace(self, worker_id: str, *, epoch: int, sequence_number: int, hashes: Iterable[bytes]) -> None:
+        self.snapshots.append(set(hashes))
+        super().replace(worker_id, epoch=epoch, sequence_number=sequence_number, hashes=hashes)
+
+
+def test_index_when_redis_freezes_and_thaws_then_its_old_data_never_replace_newer_ones(redis: RedisServer, instance: Instance) -> None:
+    async def test() -> None:
+        replica = replica_of(instance)
+        replica.index = index = RememberingIndex()
+        async with replica, publisher(instance) as worker:
+            worker.publish_nowait(stored=HASHES[:100])
+            await wait_until(lambda: holds(replica, HASHES[:100]) and worker.all_acknowledged)
+            told = len(index.snapshots)
+            os.kill(redis.pid, signal.SIGSTOP)
+            try:
+                worker.publish_nowait(stored=HASHES[100:101])
+                await worker.wait_acknowledged()  # from memory alone
+                worker.publish_nowait(stored=HASHES[101:102])
+                await worker.wait_acknowledged()
+            finally:
+                os.kill(redis.pid, signal.SIGCONT)
+            await wait_stored(redis, HASHES[:102])
+            assert holds(replica, HASHES[:102])
+            assert all(snapshot == set(HASHES[:102]) for snapshot in index.snapshots[told:])
+
+    run(test())
+
+
+def test_instances_when_each_served_without_redis_then_one_stands_by_when_it_comes(
+    redis: RedisServer, instance: Instance, standby: Instance
+) -> None:
+    async def test() -> None:
+        redis.stop()
+        standby.start()
+        async with contextlib.AsyncExitStack() as stack:
+            workers, replicas = [], []
+            for number, order in enumerate([(instance, standby), (standby, instance)]):
+                await order[0].wait_serving()
+                replicas.append(await stack.enter_async_context(replica_of(*order)))
+                workers.append(await stack.enter_async_context(publisher(*order, worker_id=f"w{number}")))
+                workers[number].publish_nowait(stored=HASHES[:100])
+            await wait_until(lambda: all(holds(replicas[number], HASHES[:100], f"w{number}") for number in range(2)))
+            assert "w1" not in replicas[0].index and "w0" not in replicas[1].index
+            redis.start()
+            await wait_until(lambda: all(holds(replica, HASHES[:100], worker_id) for replica in replicas for worker_id in ("w0", "w1")))
+            assert sorted([await instance.serves(), await standby.serves()]) == [False, True]
+            for number in range(2):
+                await wait_stored(redis, HASHES[:100], f"w{number}")
 
     run(test())
 

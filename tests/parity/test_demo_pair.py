@@ -5,14 +5,14 @@ import json
 
 import torch
 
-from services.engine.loader import demo_model_dir
+from services.engine.demo import TARGET_DIR
 from services.engine.model_config import load_model_config
 from services.engine.models.decoder import Decoder
 from services.engine.weights import WeightReader
 from services.tokenizer.tokenizer import Tokenizer
 from tests.parity.paged_sequences import PagedSequences
 
-DEMO = demo_model_dir().parent
+DEMO = TARGET_DIR.parent
 
 
 def test_demo_pair_has_one_tokenizer_and_takes_at_most_20_mb() -> None:

@@ -31,18 +31,19 @@ def heed_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def run(folder: Path, work: Callable[[], Coroutine[Any, Any, None]], **behaviours: str) -> str:
-    """Runs the work on a mesh; `behaviours` by role. Returns what was printed."""
+def run(folder: Path, work: Callable[[], Coroutine[Any, Any, None]], console: Console | None = None, **behaviours: str) -> None:
+    """Runs the work on a mesh; `behaviours` by role."""
     specs = [spec(folder, name, role, behaviours.get(role, "")) for name, role in NAMES.items()]
     plan = MeshPlan(model_name="demo", specs=specs, routers=[], worker_ids=[], stop_timeout_s=60.0)
-    console = Console(file=io.StringIO(), width=200)
     try:
-        run_mesh(plan, log_dir=folder, board=StartBoard(list(NAMES), console), work=work)
+        run_mesh(plan, log_dir=folder, board=StartBoard(list(NAMES), console or Console(file=io.StringIO())), work=work)
     finally:
         assert not any(is_alive(int(path.read_text())) for path in folder.glob("pid-*"))
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    return file.getvalue()
+
+
+def printed(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 async def nothing() -> None:
@@ -50,10 +51,11 @@ async def nothing() -> None:
 
 
 def test_mesh_when_the_work_is_done_stops_those_who_take_requests_first_and_redis_last(tmp_path: Path) -> None:
-    printed = run(tmp_path, nothing)
+    console = Console(file=io.StringIO(), width=200)
+    run(tmp_path, nothing, console)
     ended = (tmp_path / "ended").read_text().split()
     assert ended[0] == "router-0" and sorted(ended[1:3]) == ["decode-0", "prefill-0"] and ended[3:] == ["kv_index", "redis"]
-    assert printed.index("redis      serving") < printed.index("router-0   starting"), "the others lean on Redis"
+    assert printed(console).index("redis      serving") < printed(console).index("router-0   starting"), "the others lean on Redis"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -62,8 +64,10 @@ def test_mesh_when_signalled_during_the_work_drains_and_ends_as_interrupted(tmp_
         os.kill(os.getpid(), number)
         await asyncio.Event().wait()
 
+    console = Console(file=io.StringIO(), width=200)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, work)
+        run(tmp_path, work, console)
+    assert printed(console).count("stopping; a second signal kills") == 1
     assert sorted((tmp_path / "ended").read_text().split()) == sorted(NAMES), "everybody has been asked, nobody was killed"
 
 

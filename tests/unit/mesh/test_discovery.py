@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
 
+import msgspec
 import pytest
 
-from services.core.errors import ConfigurationError
+from services.core.errors import ConfigurationError, PeerUnavailable
 from services.mesh.discovery import Announcement, RedisDiscovery, StaticDiscovery, WorkerRecord
 from services.mesh.redis_server import RedisServer
 from services.mesh.redis_store import RedisStore, Script, ScriptCall
@@ -105,9 +108,13 @@ def test_watch_when_a_worker_starts_again_then_the_later_epoch_takes_its_place(s
             await members.wait(record(1, epoch=9))
             await stack.enter_async_context(announced(store, record(1, epoch=10)))
             await members.wait(record(1, epoch=10))
+            told = len(members.history)
+            await stack.enter_async_context(announced(store, record(3)))
+            await asyncio.sleep(0.3)  # the earlier start goes on announcing itself meanwhile
             await old.withdraw()  # takes back its own announcement only
             await stack.enter_async_context(announced(store, record(2)))
-            await members.wait(record(1, epoch=10), record(2))
+            await members.wait(record(1, epoch=10), record(2), record(3))
+            assert all(record(1, epoch=10) in seen for seen in members.history[told - 1 :])
 
     asyncio.run(test())
 
@@ -136,6 +143,35 @@ def test_watch_when_redis_restarts_empty_then_no_living_member_is_ever_missing(s
             assert all(record(1) in seen for seen in members.history[told:])
 
     asyncio.run(test())
+
+
+class ScriptedStore(RedisStore):
+    """A Redis that comes back with its old data and all leases over: that takes too long with a real one."""
+
+    def __init__(self, answers: Sequence[list[bytes] | PeerUnavailable]) -> None:
+        self._answers = list(answers)
+
+    async def run(self, calls: Sequence[ScriptCall]) -> list[Any]:
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, PeerUnavailable):
+            raise answer
+        return [answer]
+
+
+def test_watch_when_redis_was_away_for_longer_than_the_leases_then_members_stay_until_they_could_renew() -> None:
+    present, away, nobody = [b"mark", msgspec.json.encode(record(1))], PeerUnavailable("redis: away"), [b"mark"]
+
+    async def test() -> None:
+        async with Members(ScriptedStore([present, away, nobody, nobody, present, nobody])).watched() as members:
+            await members.wait(record(1))
+            await members.wait()
+            assert members.history == [{record(1)}, set()]
+        async with Members(ScriptedStore([present, nobody])).watched() as members:
+            await members.wait()
+
+    started = time.monotonic()
+    asyncio.run(test())
+    assert time.monotonic() - started >= LEASE_S
 
 
 def test_watch_when_redis_loses_its_data_then_the_living_stay_and_the_dead_go(server: RedisServer) -> None:

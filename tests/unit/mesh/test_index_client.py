@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from protos.baton.v1 import common_pb2, kv_index_pb2, kv_index_pb2_grpc
+from services.core.errors import Unavailable
 from services.core.prefix_index import PrefixIndex
 from services.mesh import index_client
 from services.mesh.block_events import MAX_EVENT_HASHES, snapshot_events
@@ -95,6 +96,44 @@ def test_publisher_when_an_event_is_lost_on_the_way_then_the_index_asks_for_a_sn
             await wait_until(lambda: holds(replica, HASHES[:5]))
             worker.publish_nowait(stored=HASHES[5:6], removed=HASHES[:1])  # is lost; nothing follows but heartbeats
             await wait_until(lambda: holds(replica, HASHES[1:6]), timeout_s=2)
+
+    run(test())
+
+
+def test_publisher_when_its_stream_breaks_then_sends_again_what_was_not_acknowledged_and_no_snapshot() -> None:
+    async def test() -> None:
+        async with serving_index() as served, publisher(served.address) as worker:
+            await worker.wait_acknowledged()
+            heard: list[kv_index_pb2.BlockEvent] = []
+
+            def break_once(event: kv_index_pb2.BlockEvent) -> bool:
+                heard.append(event)
+                if len(heard) == 1:
+                    raise Unavailable("not now")
+                return True
+
+            served.keep_published = break_once
+            worker.publish_nowait(stored=HASHES[:5])
+            await worker.wait_acknowledged()
+            assert served.keeper.index.hashes("w") == set(HASHES[:5])
+            assert heard[0] == heard[1]
+            assert not any(event.snapshot for event in heard)
+
+    run(test())
+
+
+def test_publisher_when_the_same_worker_opens_another_stream_then_the_first_one_ends() -> None:
+    async def test() -> None:
+        async with serving_index() as served, open_channel(served.address) as channel:
+            calls = []
+            for number in (1, 2):
+                call = kv_index_pb2_grpc.KVIndexServiceStub(channel).Publish()
+                [event] = snapshot_events(common_pb2.WorkerId(worker_id="w", epoch=1), number, HASHES[:5])
+                await call.write(kv_index_pb2.PublishRequest(event=event))
+                assert (await call.read()).sequence_number == number
+                calls.append(call)
+            assert await calls[0].code() is grpc.StatusCode.UNAVAILABLE
+            calls[1].cancel()
 
     run(test())
 

@@ -26,6 +26,7 @@ class HeldCopies:
 
     transport: ClassVar[str] = "shm"
     writes_peer_memory: ClassVar[bool] = True
+    run_bytes: ClassVar[int] = 1 << 20
 
     def __init__(self) -> None:
         self.sock, self.peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -130,6 +131,29 @@ def test_connection_when_ended_inside_a_copy_is_closed_after_it(ended_by: str) -
             with pytest.raises(PeerUnavailable):
                 await transfer.send([(1, 1)])
             await wait_until(lambda: connection.is_gone)
+
+    run(main)
+
+
+def test_connection_when_its_peer_reads_nothing_can_be_closed() -> None:
+    async def main() -> None:
+        half, sent = HeldCopies(), Counter[str]()
+        half.go_on.set()
+        with KVMemory(1, 4096) as memory, half.peer:
+            connection = Connection(half, memory, num_lanes=1, blocks_sent=sent)
+            opening = asyncio.create_task(connection.open(TRANSFER_ID, range(100_000)))
+            await half.hear()
+            send_frames(half.peer, [Frame(FrameKind.OPENED, TRANSFER_ID)])
+            transfer = await opening
+            sending = asyncio.create_task(transfer.send([(index, 0) for index in range(100_000)]))
+            count = -1
+            while count < sent["shm"]:  # until the lane cannot get rid of its frames
+                count = sent["shm"]
+                await asyncio.sleep(0.1)
+            assert count < 100_000
+            await connection.close()
+            with pytest.raises(PeerUnavailable):
+                await sending
 
     run(main)
 

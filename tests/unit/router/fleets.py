@@ -33,10 +33,10 @@ class Load:
     max_num_seqs: int = 64
 
 
-def declared_model(*, wire_s_per_block: float = 1e-3) -> CostModel:
+def declared_model(*, constant_s: float = 5e-3, per_token_squared_s: float = 0.0, wire_s_per_block: float = 1e-3) -> CostModel:
     """5 ms and 50 µs per token of a prompt; steps of 10 ms when the pool is empty and 110 ms when it is full."""
     return CostModel.declared(
-        prefill=DeclaredPrefill(constant_s=5e-3, per_token_s=50e-6, per_token_squared_s=0.0, chunk_tokens=1 << 20),
+        prefill=DeclaredPrefill(constant_s=constant_s, per_token_s=50e-6, per_token_squared_s=per_token_squared_s, chunk_tokens=1 << 20),
         step=DeclaredStep(constant_s=10e-3, per_share_s=100e-3, per_share_squared_s=0.0),
         wire_s_per_block=wire_s_per_block,
     )

@@ -288,13 +288,35 @@ def test_prefill_done_teaches_the_worker_that_computed() -> None:
         now_s = i * 0.2
         for worker_id in ("prefill-0", "prefill-1", "decode-0", "decode-1"):
             fleet.report(worker_id, Load(num_running=40), now_s)
-        item = fleet.dispatched(route(fleet, PROMPT, now_s=now_s), now_s)
-        worker_id = f"prefill-{i % 2}"
+        worker_id, other = f"prefill-{i % 2}", f"prefill-{1 - i % 2}"
+        item = fleet.dispatched(route(fleet, RouteRequest(prompt_tokens=2048, excluded=(other,)), now_s=now_s), now_s)
         fleet.prefill_done(item, outcome(worker_id, prefill_s=0.3 if worker_id == "prefill-1" else 0.1), now_s + 0.1)
         fleet.finished(item, now_s + 0.15, output_tokens=10)
     slow, fast = status(fleet, "prefill-1").prefill_slowness, status(fleet, "prefill-0").prefill_slowness
     assert slow / fast == pytest.approx(3.0, rel=0.2)
     assert fleet.model.prefill.seconds(2048, 0) * fast == pytest.approx(0.1, rel=0.2)
+    chosen = [route(fleet, RouteRequest(prompt_tokens=2048, spread=i), now_s=now_s) for i in range(4)]
+    assert {one.prefill_worker_ids[0] for one in chosen} == {"prefill-0"}
+    assert chosen[0].compute_s == pytest.approx(0.1, rel=0.2)
+
+
+def test_prefill_done_teaches_which_decode_worker_has_a_slow_link() -> None:
+    fleet = make_fleet(model=CostModel.learnt(block_bytes=1 << 20), num_running=40)
+    for i in range(40):
+        now_s = i * 0.2
+        for worker_id in ("prefill-0", "prefill-1", "decode-0", "decode-1"):
+            fleet.report(worker_id, Load(num_running=40), now_s)
+        request = RouteRequest(prompt_tokens=2048, excluded=(f"decode-{i % 2}",))
+        item = fleet.dispatched(route(fleet, request, now_s=now_s), now_s)
+        transfer_s = 2.0 if item.route.decode_worker_id == "decode-1" else 0.02
+        fleet.prefill_done(item, outcome("prefill-0", transfer_s=transfer_s, tail_s=transfer_s, kv_blocks=32), now_s + 0.1)
+        fleet.finished(item, now_s + 0.15, output_tokens=10)
+    for worker_id in ("prefill-0", "prefill-1", "decode-0", "decode-1"):
+        fleet.report(worker_id, Load(num_running=40), now_s)
+    chosen = [route(fleet, RouteRequest(prompt_tokens=2048, spread=i), now_s=now_s) for i in range(4)]
+    assert {one.decode_worker_id for one in chosen} == {"decode-0"} and chosen[0].transfer_s < 0.1
+    alone = route(fleet, RouteRequest(prompt_tokens=2048, excluded=("decode-0",), max_local_tokens=0), now_s=now_s)
+    assert alone.transfer_s > 0.5
 
 
 def test_prefill_done_teaches_what_calls_add_to_a_first_token() -> None:

@@ -72,6 +72,12 @@ def test_choose_when_a_decode_batch_is_fuller_takes_the_other() -> None:
     assert route(fleet, long_answer, {"decode-0": 16}).decode_worker_id == "decode-1"
 
 
+def test_choose_when_pools_differ_takes_the_decode_worker_whose_step_the_prompt_makes_less_longer() -> None:
+    fleet = make_fleet(num_running=4)
+    fleet.report("decode-0", Load(num_running=4, blocks_total=500, blocks_free=500), 0.0)
+    assert {route(fleet, RouteRequest(prompt_tokens=2048, spread=i)).decode_worker_id for i in range(4)} == {"decode-1"}
+
+
 def test_choose_when_a_decode_worker_has_no_place_or_no_blocks_waits_elsewhere() -> None:
     fleet = make_fleet(decode=3)
     fleet.report("decode-0", Load(num_running=64), 0.0)
@@ -80,6 +86,25 @@ def test_choose_when_a_decode_worker_has_no_place_or_no_blocks_waits_elsewhere()
     assert (chosen.decode_worker_id, chosen.decode_wait_s) == ("decode-2", 0.0)
     fleet.leave("decode-2")
     assert route(fleet, PROMPT).decode_wait_s > 0.0
+
+
+def test_choose_when_blocks_are_scarce_everywhere_goes_where_they_come_back_sooner() -> None:
+    fleet = make_fleet(num_running=10, blocks_free=20)
+    fleet.report("decode-0", Load(num_running=10, blocks_free=5), 0.0)
+    assert {route(fleet, RouteRequest(prompt_tokens=2048, max_output_tokens=1, spread=i)).decode_worker_id for i in range(4)} == {
+        "decode-1"
+    }
+
+
+def test_choose_when_calls_to_prefill_are_dear_computes_more_on_decode() -> None:
+    chosen = []
+    for remote_overhead_s in (0.0, 0.3):
+        fleet = make_fleet(num_running=2)
+        fleet.model.remote_overhead_s = remote_overhead_s
+        chosen.append(route(fleet, PROMPT))
+    assert [one.is_local for one in chosen] == [False, True]
+    assert chosen[0].local_prefill_tokens < chosen[1].local_prefill_tokens
+    assert chosen[1].remote_ttft_s == pytest.approx((chosen[0].remote_ttft_s or 0.0) + 0.3)
 
 
 def test_choose_when_a_decode_worker_lacks_little_counts_the_wait_for_blocks() -> None:
@@ -112,6 +137,11 @@ def test_choose_when_decode_lacks_a_short_suffix_computes_it_there() -> None:
     assert chosen.is_local and chosen.decode_worker_id == "decode-1"
     assert chosen.new_tokens == BLOCK_SIZE <= chosen.local_prefill_tokens
     assert chosen.prefill_worker_ids  # in case that decode finds less than the index said
+
+
+def test_choose_when_starting_a_prompt_is_dear_does_not_count_that_as_lost_for_the_batch() -> None:
+    fleet = make_fleet(num_running=20, model=declared_model(constant_s=50e-3))
+    assert route(fleet, PROMPT, {"decode-1": BLOCKS - 1}).is_local
 
 
 def test_choose_when_prefill_queues_are_long_computes_on_decode() -> None:
@@ -154,7 +184,7 @@ def test_choose_when_local_tokens_are_limited_computes_no_more_on_decode(max_loc
 def test_local_prefill_tokens_when_decode_finds_what_was_predicted_agrees_with_the_choice(
     backlog_tokens: int, num_running: int, held: int, prompt_tokens: int
 ) -> None:
-    fleet = make_fleet(num_running=num_running)
+    fleet = make_fleet(num_running=num_running, model=declared_model(per_token_squared_s=1e-8))
     for worker_id in ("prefill-0", "prefill-1"):
         fleet.report(worker_id, Load(uncomputed_prompt_tokens=backlog_tokens), 0.0)
     chosen = route(fleet, RouteRequest(prompt_tokens=prompt_tokens, max_output_tokens=100), {"decode-0": held})
