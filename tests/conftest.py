@@ -3,10 +3,15 @@
 import importlib.metadata
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from tests.checkpoints import make_checkpoints
+
+# On a shared machine an example may take as long as it likes; how fast something is, benchmarks tell.
+hypothesis.settings.register_profile("shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("shared")
 
 
 def pytest_configure(config: pytest.Config) -> None:

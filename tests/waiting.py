@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 
-async def wait_until(condition: Callable[[], object | Awaitable[object]], timeout_s: float = 10.0) -> float:
+async def wait_until(condition: Callable[[], object | Awaitable[object]], timeout_s: float = 30.0) -> float:
     """Seconds that passed until `condition()` held. Raises AssertionError after `timeout_s`."""
     started = time.monotonic()
     while True:

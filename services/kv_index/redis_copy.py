@@ -16,11 +16,13 @@ from itertools import islice
 
 from services.core.prefix_hash import HASH_BYTES
 from services.kv_index.journal import Batch
-from services.mesh.redis_store import RedisStore, Script, ScriptCall
+from services.mesh.redis_store import TIMEOUT_S, RedisStore, Script, ScriptCall
 
 # Of one script run: Redis does nothing else meanwhile.
 _MAX_SCRIPT_HASHES = 16384
-_LOAD_TOGETHER = 64
+_LOAD_TOGETHER = 16
+_LOAD_TIMEOUT_S = 10.0
+_WRITE_TIMEOUT_PER_HASH_S = 20e-6  # about twenty times what one takes
 
 _OWN = Script("""
 local owner = redis.call('GET', KEYS[1])
@@ -119,10 +121,12 @@ class RedisCopy:
         """Writes batches in one round trip; each is written wholly or not at all, unless the connection breaks."""
         calls: list[ScriptCall] = []
         ends = []
+        timeout_s = TIMEOUT_S
         for batch in batches:
             calls.extend(self._calls(batch))
             ends.append(len(calls) - 1)
-        answers = await self._store.run(calls) if calls else []
+            timeout_s += _WRITE_TIMEOUT_PER_HASH_S * (len(batch.stored) + len(batch.removed))
+        answers = await self._store.run(calls, timeout_s=timeout_s) if calls else []
         # When one piece is refused, all that follow are: the last one speaks for the batch.
         return [Outcome(answers[end]) for end in ends]
 
@@ -132,11 +136,11 @@ class RedisCopy:
         pairs = iter(zip(fields[::2], fields[1::2], strict=True))
         while some := list(islice(pairs, _LOAD_TOGETHER)):
             worker_ids = [worker_id.decode() for worker_id, _ in some]
-            scans = await self._store.run([self._scan(worker_id, b"0") for worker_id in worker_ids])
+            scans = await self._store.run([self._scan(worker_id, b"0") for worker_id in worker_ids], timeout_s=_LOAD_TIMEOUT_S)
             for worker_id, (_, record), (cursor, packed) in zip(worker_ids, some, scans, strict=True):
                 hashes = set(_split(packed))
                 while cursor != b"0":
-                    [[cursor, packed]] = await self._store.run([self._scan(worker_id, cursor)])
+                    [[cursor, packed]] = await self._store.run([self._scan(worker_id, cursor)], timeout_s=_LOAD_TIMEOUT_S)
                     hashes.update(_split(packed))
                 position, num_blocks = record.split(b" ")
                 epoch, sequence_number, *partial = position.split(b":")

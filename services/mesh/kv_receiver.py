@@ -205,7 +205,8 @@ class KVReceiver:
 class _Connection:
     """One sender's connection and the thread that reads it; the Writer of the transfers that were opened on it.
 
-    The socket is shut down and closed on the event loop only: a descriptor that another thread closes may be somebody else's already.
+    Its socket is closed by the event loop, after the thread has ended: whoever shuts it down then never hits a descriptor that has become
+    somebody else's.
     """
 
     def __init__(self, channel: ReceivingHalf, grants: Grants, *, on_end: Callable[[], object]) -> None:

@@ -5,6 +5,7 @@ run time, and callers go on without it. Nothing is retried here; who calls knows
 Knows nothing of what the scripts do.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,12 +50,15 @@ class RedisStore:
             self._client = redis.asyncio.Redis.from_url(
                 url,
                 protocol=2,
-                socket_timeout=timeout_s,
+                # With a socket_timeout redis-py sends through asyncio.wait_for, which in Python 3.11 may swallow a cancellation:
+                # a task that cannot be ended. Time is kept below instead.
+                socket_timeout=None,
                 socket_connect_timeout=timeout_s,
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError as error:
             raise ConfigurationError([f"redis_url: {error}"]) from error
+        self._timeout_s = timeout_s
 
     async def __aenter__(self) -> "RedisStore":
         return self
@@ -62,20 +66,25 @@ class RedisStore:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._client.aclose()
 
-    async def run(self, calls: Sequence[ScriptCall]) -> list[Any]:
+    async def run(self, calls: Sequence[ScriptCall], *, timeout_s: float | None = None) -> list[Any]:
         """Runs the calls in order, in one round trip, each by itself atomic; returns what each returned.
 
+        timeout_s   for all of it; None: the store's own
         Raises PeerUnavailable when one of them failed; others may have run then.
         """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         try:
-            results = await self._execute(calls)
-            missing = [index for index, result in enumerate(results) if isinstance(result, NoScriptError)]
-            if missing:  # a Redis that was restarted has forgotten its scripts
-                for script in {calls[index].script for index in missing}:
-                    await self._client.script_load(script.text)
-                again = await self._execute([calls[index] for index in missing])
-                for index, result in zip(missing, again, strict=True):
-                    results[index] = result
+            async with asyncio.timeout(timeout_s):
+                results = await self._execute(calls)
+                missing = [index for index, result in enumerate(results) if isinstance(result, NoScriptError)]
+                if missing:  # a Redis that was restarted has forgotten its scripts
+                    for script in {calls[index].script for index in missing}:
+                        await self._client.script_load(script.text)
+                    again = await self._execute([calls[index] for index in missing])
+                    for index, result in zip(missing, again, strict=True):
+                        results[index] = result
+        except TimeoutError as error:
+            raise PeerUnavailable(f"redis: no answer within {timeout_s} s") from error
         except (RedisError, OSError) as error:
             raise PeerUnavailable(f"redis: {error}") from error
         for result in results:

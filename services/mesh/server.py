@@ -100,6 +100,9 @@ def run_process(service: str, kind: type[_Settings], serve: Callable[[_Settings,
         _log.critical("ended by an error", exc_info=True)
         sys.exit(1)
     _log.info("stopped")
+    # All is closed. Taking torch and the interpreter apart would cost another second, in which a restart has to wait for the port.
+    logging.shutdown()
+    os._exit(0)
 
 
 class MeshServer:

@@ -180,8 +180,7 @@ class Slowness:
 
     def reset(self, row: int) -> None:
         """A new worker: it starts where the fleet is."""
-        self._log[row] = self.median_log
-        self._observed_s[row] = -np.inf
+        self._observed_s[row] = -np.inf  # which makes its estimate the median
         self._surprises[row] = 0
         self.factor[row] = math.exp(self.median_log)
         self.greatest = max(self.greatest, self.factor.item(row))

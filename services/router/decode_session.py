@@ -7,6 +7,7 @@ Knows nothing of text or of choosing.
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from services.core.errors import BatonError, PeerUnavailable
 from services.core.types import FinishReason, TokenLogprobs
 from services.mesh import convert, status
 from services.mesh.client import open_channel
-from services.mesh.streams import SILENCE_S, with_heartbeats
+from services.mesh.streams import HEARTBEAT_S, SILENCE_S
 
 RECONNECT_S = 0.2
 
@@ -107,6 +108,7 @@ class DecodeSession:
         self._streams: dict[int, tuple[RequestStream, int]] = {}  # handle → (stream, choice)
         self._commands: asyncio.Queue[decode_pb2.SessionCommand] = asyncio.Queue()
         self._handles = itertools.count()
+        self._heard_at = 0.0
         self.is_up = False
 
     async def run(self) -> None:
@@ -160,19 +162,27 @@ class DecodeSession:
         call = stub.Session()
         try:
             await call.write(decode_pb2.SessionCommand(hello=decode_pb2.SessionHello(router_id=self._router_id)))
+            self._heard_at = time.monotonic()
             async with asyncio.TaskGroup() as tasks:
-                writer = tasks.create_task(self._write(call))
-                async for frame in with_heartbeats(aiter(call), SILENCE_S):
-                    if frame is None:
-                        raise PeerUnavailable(f"{self._address} has said nothing for {SILENCE_S} s")
+                others = [tasks.create_task(self._write(call)), tasks.create_task(self._watch_silence())]
+                async for frame in call:
+                    self._heard_at = time.monotonic()
                     self._take(frame)
-                writer.cancel()
+                for other in others:
+                    other.cancel()
         except ExceptionGroup as group:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise asyncio.CancelledError from None  # a group with errors of its own swallows the cancel
             raise group.exceptions[0] from None  # a broken stream fails reader and writer alike
         finally:
             call.cancel()
+
+    async def _watch_silence(self) -> None:
+        # Beside the reader, not around each of its frames: a hundred of them come in a second, from every worker.
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            if time.monotonic() - self._heard_at > SILENCE_S:
+                raise PeerUnavailable(f"{self._address} has said nothing for {SILENCE_S} s")
 
     async def _write(self, call: "grpc.aio.StreamStreamCall[decode_pb2.SessionCommand, decode_pb2.StepFrame]") -> None:
         while True:

@@ -106,7 +106,6 @@ class Fleet:
         if worker is not None and worker.row is not None:
             worker.table.give_row(worker.row)
             worker.row = None
-            self._slots = None
 
     def report(self, worker_id: str, load: LoadReport, now_s: float) -> None:
         """Takes what a worker says about itself; unknown workers are ignored."""

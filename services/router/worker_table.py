@@ -61,13 +61,13 @@ class WorkerTable:
     def take_row(self, worker_id: str) -> int:
         row = self._free_rows.pop()
         self.worker_ids[row] = worker_id
-        self.costs.reset(row)
         return row
 
     def give_row(self, row: int) -> None:
         self.worker_ids[row] = ""
         for column in (self.free_at_s, self.reported_s, self.decode_costs[0], self.blocks_total, self.blocks_available):
             column[row] = np.inf
+        self.costs.reset(row)
         self._free_rows.append(row)
 
     def grow(self) -> None:

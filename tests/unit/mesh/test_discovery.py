@@ -151,7 +151,7 @@ class ScriptedStore(RedisStore):
     def __init__(self, answers: Sequence[list[bytes] | PeerUnavailable]) -> None:
         self._answers = list(answers)
 
-    async def run(self, calls: Sequence[ScriptCall]) -> list[Any]:
+    async def run(self, calls: Sequence[ScriptCall], *, timeout_s: float | None = None) -> list[Any]:
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         if isinstance(answer, PeerUnavailable):
             raise answer

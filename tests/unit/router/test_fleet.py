@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from protos.baton.v1.common_pb2 import WorkerLoad
 from services.core.errors import OutOfBlocks, PeerUnavailable
 from services.core.prefix_index import PrefixIndex
-from services.router.cost_model import CostModel
+from services.router.cost_model import CostModel, DeclaredPrefill, DeclaredStep
 from services.router.fleet import Fleet, InFlight, PrefillOutcome, Role, WorkerStatus
 from services.router.policy import choose
 from services.router.route import Route, RouteRequest
@@ -224,14 +224,20 @@ def test_prefill_done_by_another_worker_blames_the_planned_one() -> None:
     item = fleet.dispatched(route(fleet, PROMPT), 0.0)
     assert item.route.prefill_worker_ids[0] == "prefill-0"
     fleet.prefill_done(item, outcome("prefill-1"), 0.1)
+    for worker_id in ("prefill-0", "prefill-1"):
+        fleet.report(worker_id, Load(), 0.1)
     assert {route(fleet, RouteRequest(prompt_tokens=2048, spread=i), now_s=0.1).prefill_worker_ids[0] for i in range(4)} == {"prefill-1"}
 
 
 def test_prefill_done_by_decode_blames_only_those_that_failed() -> None:
     fleet = make_fleet(num_running=40)
-    fleet.prefill_done(fleet.dispatched(route(fleet, PROMPT), 0.0), outcome("decode-0"), 0.1)
+    item = fleet.dispatched(route(fleet, PROMPT), 0.0)
+    fleet.prefill_done(item, outcome(item.route.decode_worker_id), 0.1)
     assert {route(fleet, RouteRequest(prompt_tokens=2048, spread=i), now_s=0.1).prefill_worker_ids[0] for i in range(4)} > {"prefill-0"}
-    fleet.prefill_done(fleet.dispatched(route(fleet, PROMPT, now_s=0.1), 0.1), outcome("decode-0", failed=("prefill-0",)), 0.2)
+    item = fleet.dispatched(route(fleet, PROMPT, now_s=0.1), 0.1)
+    fleet.prefill_done(item, outcome(item.route.decode_worker_id, failed=("prefill-0",)), 0.2)
+    for worker_id in ("prefill-0", "prefill-1"):
+        fleet.report(worker_id, Load(), 0.2)
     assert {route(fleet, RouteRequest(prompt_tokens=2048, spread=i), now_s=0.2).prefill_worker_ids[0] for i in range(4)} == {"prefill-1"}
 
 
@@ -272,6 +278,40 @@ def test_fleet_when_workers_come_and_go_keeps_each_in_its_place() -> None:
             assert chosen.prefill_cached_tokens[0] == best % 20 * BLOCK_SIZE
 
 
+def test_fleet_when_the_index_knows_a_worker_first_credits_it_from_its_join_and_nobody_after_it() -> None:
+    fleet = make_fleet(prefill=1, num_running=40)
+    held = {"prefill-1": 30}  # which is not there yet
+    assert route(fleet, PROMPT, held).prefill_cached_tokens == (0,)
+    for worker_id, cached_tokens in (("prefill-1", 30 * BLOCK_SIZE), ("prefill-2", 0)):
+        fleet.join(worker_id, role=Role.PREFILL, epoch=1, layout_fingerprint=LAYOUT)
+        fleet.report(worker_id, Load(), 0.0)
+        chosen = route(fleet, RouteRequest(prompt_tokens=2048, excluded=("prefill-0",)), held)
+        assert (chosen.prefill_worker_ids, chosen.prefill_cached_tokens) == ((worker_id,), (cached_tokens,))
+        fleet.leave(worker_id)  # the next one gets its row
+        assert route(fleet, PROMPT, held).prefill_cached_tokens == (0,)
+
+
+def test_pool_when_a_smaller_one_is_reported_is_not_given_what_does_not_fit() -> None:
+    fleet = make_fleet()
+    route(fleet, PROMPT)
+    fleet.report("decode-0", Load(blocks_total=32, blocks_free=32), 0.0)
+    fleet.report("prefill-0", Load(blocks_total=31, blocks_free=31), 0.0)
+    chosen = [route(fleet, RouteRequest(prompt_tokens=2048, spread=i)) for i in range(4)]
+    assert {one.decode_worker_id for one in chosen} == {"decode-1"}
+    assert {one.prefill_worker_ids for one in chosen} == {("prefill-1",)}
+
+
+def test_blocks_when_taken_at_once_send_the_next_request_elsewhere() -> None:
+    flat = DeclaredStep(constant_s=0.01, per_share_s=0.0, per_share_squared_s=0.0)
+    prefill = DeclaredPrefill(constant_s=5e-3, per_token_s=50e-6, per_token_squared_s=0.0, chunk_tokens=1 << 20)
+    fleet = make_fleet(model=CostModel.declared(prefill=prefill, step=flat, wire_s_per_block=1e-3), num_running=30)
+    fleet.report("decode-0", Load(num_running=30, blocks_total=2000, blocks_free=40), 0.0)
+    first = route(fleet, PROMPT, {"decode-0": 20})
+    fleet.dispatched(first, 0.0)
+    assert first.decode_worker_id == "decode-0"
+    assert route(fleet, PROMPT, {"decode-0": 20}).decode_worker_id == "decode-1"
+
+
 def test_report_takes_the_protobuf_message() -> None:
     fleet = make_fleet(decode=1)
     fleet.report("decode-0", WorkerLoad(num_running=3, num_waiting=1, blocks_total=100, blocks_free=50, max_num_seqs=8), 0.0)
@@ -298,6 +338,32 @@ def test_prefill_done_teaches_the_worker_that_computed() -> None:
     chosen = [route(fleet, RouteRequest(prompt_tokens=2048, spread=i), now_s=now_s) for i in range(4)]
     assert {one.prefill_worker_ids[0] for one in chosen} == {"prefill-0"}
     assert chosen[0].compute_s == pytest.approx(0.1, rel=0.2)
+
+
+def test_slowness_when_a_worker_is_left_alone_is_forgotten() -> None:
+    fleet = make_fleet(model=CostModel.learnt(block_bytes=1 << 20), num_running=40)
+    for i in range(40):
+        item = fleet.dispatched(route(fleet, RouteRequest(prompt_tokens=2048, excluded=(f"prefill-{1 - i % 2}",))), 0.1 * i)
+        fleet.prefill_done(item, outcome(f"prefill-{i % 2}", prefill_s=0.3 if i % 2 else 0.1), 0.1 * i)
+    before = status(fleet, "prefill-1").prefill_slowness
+    for i in range(40, 1000):
+        fleet.view(0.1 * i)
+    assert status(fleet, "prefill-1").prefill_slowness < 0.75 * before
+    assert status(fleet, "prefill-1").prefill_slowness == pytest.approx(status(fleet, "prefill-0").prefill_slowness, rel=0.05)
+
+
+def test_slowness_of_a_worker_that_left_is_not_its_successor_s() -> None:
+    fleet = make_fleet(model=CostModel.learnt(block_bytes=1 << 20), prefill=3, num_running=40)
+    for i in range(60):
+        others = tuple(f"prefill-{j}" for j in range(3) if j != i % 3)
+        item = fleet.dispatched(route(fleet, RouteRequest(prompt_tokens=2048, excluded=others)), 0.05 * i)
+        fleet.prefill_done(item, outcome(f"prefill-{i % 3}", prefill_s=0.1 if i % 3 else 0.3), 0.05 * i)
+        fleet.view(0.05 * i)
+    slow, fast = status(fleet, "prefill-0").prefill_slowness, status(fleet, "prefill-1").prefill_slowness
+    assert slow > 2 * fast
+    fleet.leave("prefill-0")
+    fleet.join("prefill-9", role=Role.PREFILL, epoch=1, layout_fingerprint=LAYOUT)
+    assert status(fleet, "prefill-9").prefill_slowness == pytest.approx(fast, rel=0.2)
 
 
 def test_prefill_done_teaches_which_decode_worker_has_a_slow_link() -> None:
@@ -352,7 +418,7 @@ def test_reports_when_steps_were_mostly_prompts_teach_nothing_about_decode() -> 
     fleet = make_fleet(model=CostModel.learnt(block_bytes=1 << 20), decode=1)
     before = fleet.model.step.seconds(10, 0, 10_000)
     for i in range(10):
-        load = Load(num_running=10, engine_steps=20 * i, decode_tokens=20 * i, prefill_tokens=20_000 * i, step_s=1.0 * i)
+        load = Load(num_running=10, engine_steps=20 * i, decode_tokens=20 * i, prefill_tokens=12_000 * i, step_s=1.0 * i)
         fleet.report("decode-0", load, float(i))
     assert fleet.model.step.seconds(10, 0, 10_000) == before
 
@@ -493,6 +559,7 @@ TestBookkeeping = Bookkeeping.TestCase
 TestBookkeeping.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+@settings(deadline=None)
 @given(order=st.permutations(range(8)), doomed=st.sets(st.integers(0, 7)))
 def test_in_flight_whatever_the_order_of_endings_comes_back_to_zero(order: list[int], doomed: set[int]) -> None:
     fleet = make_fleet(num_running=5)

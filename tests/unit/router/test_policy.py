@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.core.errors import OutOfBlocks, PeerUnavailable
@@ -175,6 +175,7 @@ def test_choose_when_local_tokens_are_limited_computes_no_more_on_decode(max_loc
     assert alone.is_local and alone.local_prefill_tokens == 2048
 
 
+@settings(deadline=None)
 @given(
     backlog_tokens=st.integers(0, 200_000),
     num_running=st.integers(0, 64),
@@ -265,6 +266,7 @@ def fleets(draw: st.DrawFn) -> tuple[Fleet, set[str], float]:
     return fleet, usable, now_s
 
 
+@settings(deadline=None)
 @given(case=fleets(), data=st.data())
 def test_choose_never_picks_a_worker_that_drains_died_is_silent_differs_or_is_too_small(
     case: tuple[Fleet, set[str], float], data: st.DataObject
@@ -295,6 +297,7 @@ def test_choose_never_picks_a_worker_that_drains_died_is_silent_differs_or_is_to
 # A pure function
 
 
+@settings(deadline=None)
 @given(case=fleets(), spread=st.integers(0, 10), held=st.dictionaries(st.sampled_from(["prefill-0", "decode-0"]), st.integers(0, BLOCKS)))
 def test_choose_with_the_same_inputs_gives_the_same_route_and_changes_nothing(
     case: tuple[Fleet, set[str], float], spread: int, held: dict[str, int]
@@ -310,6 +313,7 @@ def test_choose_with_the_same_inputs_gives_the_same_route_and_changes_nothing(
     assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
 
 
+@settings(deadline=None)
 @given(
     low=st.integers(0, 50_000),
     more=st.integers(0, 50_000),
@@ -335,6 +339,7 @@ def test_predictions_when_a_worker_has_more_to_do_are_never_better(
     assert after.predicted_tpot_s >= before.predicted_tpot_s
 
 
+@settings(deadline=None)
 @given(backlogs=st.lists(st.integers(0, 20_000), min_size=2, max_size=6), more=st.integers(1, 20_000), data=st.data())
 def test_choose_when_another_worker_gets_more_to_do_does_not_turn_to_it(backlogs: list[int], more: int, data: st.DataObject) -> None:
     fleet = make_fleet(prefill=len(backlogs))
