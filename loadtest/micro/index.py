@@ -14,6 +14,7 @@ from hashlib import blake2b
 from typing import Any
 
 import grpc
+import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loadtest.micro.figure import Figure
@@ -58,7 +59,7 @@ def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
         "cores": os.cpu_count(),
     }
     with RedisServer() as redis, service("kv_index", redis_url=redis.url) as index:
-        return asyncio.run(_measure(redis, index.address, runs)), conditions
+        return uvloop.run(_measure(redis, index.address, runs)), conditions
 
 
 async def _measure(redis: RedisServer, address: str, runs: int) -> list[Figure]:

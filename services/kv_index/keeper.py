@@ -28,6 +28,8 @@ _POLL_S = 0.1
 _RETRY_S = 0.25
 _LEASE_TICKS = 20
 _MAX_WRITE_HASHES = 1 << 16
+# A round trip costs several times what a worker's part of it does, and nobody waits for Redis but acknowledgements.
+_GATHER_S = 0.02
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +119,7 @@ class Keeper:
         self._watchers.broadcast(event)
         self._journal.add(change)
         if not self.attached or change.gone:
-            session.acknowledge(change.sequence_number)
+            session.acknowledge(change.epoch, change.sequence_number)
 
     def _repeated(self, session: PublishSession, change: BlockChange) -> None:
         position = self._state.index.position(change.worker_id)
@@ -126,7 +128,7 @@ class Keeper:
         if self.attached:
             session.answer()
         else:
-            session.acknowledge(position[1])
+            session.acknowledge(*position)
 
     async def _sweep(self) -> None:
         while True:
@@ -191,6 +193,7 @@ class Keeper:
 
     async def _write(self, redis: RedisCopy) -> None:
         await self._journal.wait_pending()
+        await asyncio.sleep(_GATHER_S)
         batches = self._journal.take_nowait(_MAX_WRITE_HASHES)
         outcomes = await redis.write(batches)
         for batch, outcome in zip(batches, outcomes, strict=True):
@@ -198,7 +201,7 @@ class Keeper:
             if outcome is not Outcome.WRITTEN:
                 self._journal.refuse(batch)
             if session is not None and outcome is Outcome.WRITTEN:
-                session.acknowledge(batch.sequence_number)
+                session.acknowledge(batch.epoch, batch.sequence_number)
             elif session is not None and self._journal.needs_snapshot(batch.worker_id):
                 session.want_snapshot()
         if Outcome.NOT_OWNER in outcomes:
@@ -217,7 +220,7 @@ class Keeper:
         for worker_id, session in self._sessions.items():
             position = self._state.index.position(worker_id)
             if position is not None:
-                session.acknowledge(position[1])
+                session.acknowledge(*position)
 
     def _stand_by(self) -> None:
         if not self.serving:

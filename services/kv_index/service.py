@@ -13,6 +13,7 @@ from services.mesh.convert import hashes_from_bytes
 
 SERVICE_NAME: str = kv_index_pb2.DESCRIPTOR.services_by_name["KVIndexService"].full_name
 MAX_MATCH_HASHES = 1 << 16
+_BIG_EVENT_BYTES = 1 << 13
 
 
 class KVIndexServicer(kv_index_pb2_grpc.KVIndexServiceServicer):
@@ -20,6 +21,7 @@ class KVIndexServicer(kv_index_pb2_grpc.KVIndexServiceServicer):
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
+        self._big_event = asyncio.Lock()
 
     async def Publish(
         self, requests: AsyncIterator[kv_index_pb2.PublishRequest], context: Any
@@ -39,7 +41,13 @@ class KVIndexServicer(kv_index_pb2_grpc.KVIndexServiceServicer):
     async def _read(self, requests: AsyncIterator[kv_index_pb2.PublishRequest], session: PublishSession) -> None:
         try:
             async for request in requests:
-                self._keeper.publish(session, request.event)
+                if len(request.event.stored) + len(request.event.removed) < _BIG_EVENT_BYTES:
+                    self._keeper.publish(session, request.event)
+                    continue
+                # One of these in each turn of the event loop, or the snapshots of many workers at once would hold up all else for seconds.
+                async with self._big_event:
+                    self._keeper.publish(session, request.event)
+                    await asyncio.sleep(0)
         except Exception as error:  # whatever it is, it is the stream's end
             session.end(error)
         else:

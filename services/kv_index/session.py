@@ -34,10 +34,11 @@ class PublishSession:
     def worker_id(self) -> str | None:
         return None if self._worker is None else self._worker[0]
 
-    def acknowledge(self, sequence_number: int) -> None:
-        """Everything up to `sequence_number` is safe."""
-        self._acknowledged = max(self._acknowledged, sequence_number)
-        self._news.set()
+    def acknowledge(self, epoch: int, sequence_number: int) -> None:
+        """Everything up to `sequence_number` is safe. Does nothing when that was said of another start of the worker."""
+        if self._worker is not None and self._worker[1] == epoch:
+            self._acknowledged = max(self._acknowledged, sequence_number)
+            self._news.set()
 
     def answer(self) -> None:
         """Repeats what is acknowledged: a sign of life."""

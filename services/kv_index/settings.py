@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from services.core.errors import InvalidRequest
+from services.mesh.index_client import HEARTBEAT_S
 from services.mesh.server import ProcessSettings
 
 
@@ -24,9 +25,9 @@ class KVIndexSettings(ProcessSettings):
     def validate(self) -> None:
         """Raises InvalidRequest naming the first setting that is out of its limits."""
         ProcessSettings.validate(self)
-        if self.lease_s < 0.1:
-            raise InvalidRequest("lease_s", f"{self.lease_s} is less than 0.1", limit=0.1)
+        if self.lease_s < 2 * HEARTBEAT_S:
+            raise InvalidRequest("lease_s", f"{self.lease_s} is less than two heartbeats of a worker", limit=2 * HEARTBEAT_S)
         if self.watch_buffer_bytes < 1 << 17:
-            raise InvalidRequest("watch_buffer_bytes", f"{self.watch_buffer_bytes} is less than two events", limit=1 << 17)
+            raise InvalidRequest("watch_buffer_bytes", f"{self.watch_buffer_bytes} is less than two big events", limit=1 << 17)
         if not self.namespace or set(self.namespace) & set("{}"):
             raise InvalidRequest("namespace", f"{self.namespace!r} is empty or has braces")

@@ -22,7 +22,7 @@ from typing import Protocol
 
 from services.core.errors import BatonError, ChecksumMismatch, PeerUnavailable, TransferFenced
 from services.mesh.kv_memory import KVMemory
-from services.mesh.kv_wire import ProtocolViolation, block_checksum
+from services.mesh.kv_wire import TRANSFER_ID_BYTES, ProtocolViolation, block_checksum
 
 
 class Writer(Protocol):
@@ -54,7 +54,7 @@ class IncomingTransfer:
     """
 
     def __init__(self, grants: "Grants", block_ids: Sequence[int], first_block: int) -> None:
-        self.transfer_id = os.urandom(16)
+        self.transfer_id = os.urandom(TRANSFER_ID_BYTES)
         self.block_ids = tuple(block_ids)
         self.first_block = first_block
         self._grants = grants

@@ -136,7 +136,8 @@ class Connection:
         with self._changed:
             if self._error:
                 raise self._error
-            assert transfer_id not in self._transfers
+            if transfer_id in self._transfers:
+                raise TransferFenced("a transfer of this id is open already")
             self._transfers[transfer_id] = transfer
             self._queue(transfer, [None])
         await self._wait_or_end(transfer, transfer.opened)

@@ -12,11 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
-from services.core.errors import Incompatible, PeerUnavailable
+from services.core.errors import Incompatible, InvalidRequest, PeerUnavailable
 from services.mesh.kv_channel import SendingHalf, ShmSendingHalf, TcpSendingHalf
 from services.mesh.kv_memory import KVMemory, PeerMemory, read_host_id
 from services.mesh.kv_outgoing import Connection, InlineBlock, InlineTransfer
-from services.mesh.kv_wire import FRAME_BYTES, TRANSPORTS, Frame, FrameKind, Hello, KVEndpoint, Refusal, configure_tcp, layout_digest
+from services.mesh.kv_wire import (
+    FRAME_BYTES,
+    TRANSFER_ID_BYTES,
+    TRANSPORTS,
+    Frame,
+    FrameKind,
+    Hello,
+    KVEndpoint,
+    Refusal,
+    configure_tcp,
+    layout_digest,
+)
 
 _CONNECT_TIMEOUT_S = 2.0
 # Where only grpc is left, the better transports are tried again after this time, and not with every transfer.
@@ -93,9 +104,11 @@ class KVSender:
     async def open(self, transfer_id: bytes, endpoint: KVEndpoint, block_ids: Sequence[int]) -> OutgoingTransfer:
         """Opens a transfer that the receiver granted, into `block_ids` of its pool.
 
-        Raises Incompatible (no transport in common, other layout), TransferFenced (the receiver does not wait for it any more),
-        PeerUnavailable. Cancelling leaves nothing behind.
+        Raises Incompatible (no transport in common, other layout), TransferFenced (the receiver does not wait for it, or not any more),
+        PeerUnavailable, InvalidRequest for an id that is none. Cancelling leaves nothing behind.
         """
+        if len(transfer_id) != TRANSFER_ID_BYTES:
+            raise InvalidRequest("transfer_id", f"has {len(transfer_id)} bytes", limit=TRANSFER_ID_BYTES)
         if endpoint.block_bytes != self._memory.block_bytes:
             raise Incompatible(f"KV blocks have {self._memory.block_bytes} bytes here and {endpoint.block_bytes} at the receiver")
         if not all(0 <= block_id < endpoint.num_blocks for block_id in block_ids):
@@ -117,15 +130,18 @@ class KVSender:
             if peer.connection:
                 await peer.connection.close()
                 peer.connection = None
-            for transport in common if peer.inline_until < asyncio.get_running_loop().time() else ["grpc"]:
+            now = asyncio.get_running_loop().time()
+            if now < peer.inline_until:
+                return None
+            for transport in common:
                 if transport == "grpc":
-                    peer.inline_until = max(peer.inline_until, asyncio.get_running_loop().time() + _RETRY_AFTER_S)
+                    peer.inline_until = now + _RETRY_AFTER_S
                     return None
                 try:
                     async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                         peer.connection = await self._connect(transport, endpoint)
                     return peer.connection
-                except OSError as error:
+                except (OSError, ValueError) as error:  # ValueError: an address that is none
                     _log.warning("no %s to the KV receiver at %s: %s", transport, endpoint.tcp_address, error or type(error).__name__)
         raise PeerUnavailable(f"the KV receiver cannot be reached by {' or '.join(common)}")
 

@@ -24,12 +24,11 @@ from typing import NamedTuple, Self
 import xxhash
 
 TRANSPORTS = ("shm", "tcp", "grpc")  # best first
+TRANSFER_ID_BYTES = 16
 
 _MAGIC = b"bKV1"
-# Both have the length of a cache line. A frame of 42 bytes would shift every block that follows it in the stream, and the kernel copies
-# what is not aligned at three quarters of the speed.
-_HELLO = struct.Struct("<4sBxxx16s16sQ16x")
-_FRAME = struct.Struct("<4sB16sIQQB22x")
+_HELLO = struct.Struct("<4sBxxx16s16sQ")
+_FRAME = struct.Struct("<4sB16sIQQB")
 HELLO_BYTES = _HELLO.size
 FRAME_BYTES = _FRAME.size
 MAX_PACKET_FRAMES = 256

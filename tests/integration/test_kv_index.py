@@ -211,7 +211,7 @@ def test_index_when_redis_is_flushed_then_workers_tell_all_again(redis: RedisSer
             await wait_until(lambda: holds(replica, HASHES[:110]), CONVERGED_S)
             await wait_stored(redis, HASHES[:110])
             await wait_stored(redis, HASHES[:50], "idle")
-            assert busy.all_acknowledged and idle.all_acknowledged
+            await wait_until(lambda: busy.all_acknowledged and idle.all_acknowledged)
             assert holds(replica, HASHES[:110]) and holds(replica, HASHES[:50], "idle")
 
     run(test())

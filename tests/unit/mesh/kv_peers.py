@@ -35,8 +35,9 @@ def run(main: Callable[[], Coroutine[Any, Any, None]], *, on_uvloop: bool = Fals
     threads, descriptors = set(threading.enumerate()), _descriptors()
     start(bounded())
     gc.collect()
-    assert set(threading.enumerate()) == threads
-    assert _descriptors() == descriptors
+    # Fewer is fine: what a test before this one left to gRPC may be closed meanwhile.
+    assert set(threading.enumerate()) <= threads
+    assert _descriptors().items() <= descriptors.items()
 
 
 def _descriptors() -> dict[str, str]:

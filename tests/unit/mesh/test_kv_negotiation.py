@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from services.core.errors import Incompatible, PeerUnavailable
+from services.core.errors import Incompatible, InvalidRequest, PeerUnavailable, TransferFenced
 from services.mesh.kv_transport import TRANSPORTS, KVEndpoint, KVMemory, KVReceiver, KVSender
 from services.mesh.kv_wire import HELLO_BYTES, Frame, FrameKind, Refusal
 from tests.unit.mesh.kv_peers import BLOCK_BYTES, LAYOUT, RawReceiver, run
@@ -83,6 +83,45 @@ def test_open_when_a_transport_cannot_be_reached_falls_to_the_next() -> None:
     run(main)
 
 
+def test_open_when_only_grpc_was_left_tries_the_better_ones_again_later() -> None:
+    async def main() -> None:
+        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+            async with (
+                KVReceiver(target, layout_fingerprint=LAYOUT) as receiver,
+                KVSender(source, layout_fingerprint=LAYOUT, transports=["tcp", "grpc"]) as sender,
+            ):
+                port = free_port()
+                endpoint = dataclasses.replace(receiver.endpoint, tcp_address=f"127.0.0.1:{port}")
+                assert await negotiate(sender, receiver, endpoint) == "grpc"
+                peer = sender._peers[endpoint]
+                retry_at = peer.inline_until
+                assert retry_at > asyncio.get_running_loop().time()
+                assert await negotiate(sender, receiver, endpoint) == "grpc"
+                assert peer.inline_until == retry_at  # not put off by every transfer
+                peer.inline_until = 0.0
+                with socket.create_server(("127.0.0.1", port)) as late:
+                    trying = asyncio.create_task(negotiate(sender, receiver, endpoint))
+                    sock, _ = await asyncio.to_thread(late.accept)
+                    sock.close()
+                    assert await trying == "grpc"
+
+    run(main)
+
+
+def test_open_when_the_address_is_none_falls_to_the_next() -> None:
+    async def main() -> None:
+        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+            async with (
+                KVReceiver(target, layout_fingerprint=LAYOUT) as receiver,
+                KVSender(source, layout_fingerprint=LAYOUT, transports=["tcp", "grpc"]) as sender,
+            ):
+                for address in ("nonsense", "host:port", "[::1:1"):
+                    endpoint = dataclasses.replace(receiver.endpoint, tcp_address=address)
+                    assert await negotiate(sender, receiver, endpoint) == "grpc"
+
+    run(main)
+
+
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_open_when_the_two_sides_differ_is_incompatible_and_not_tried_by_other_means(transport: str) -> None:
     async def main() -> None:
@@ -114,6 +153,29 @@ def test_open_when_nothing_is_common_or_the_pools_differ_is_incompatible() -> No
                 for block_id in (2, -1):
                     with pytest.raises(Incompatible, match="outside"):
                         await sender.open(bytes(16), right, [block_id])
+
+    run(main)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_open_when_the_id_is_no_id_or_in_use_is_refused(transport: str) -> None:
+    async def main() -> None:
+        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+            async with (
+                KVReceiver(target, layout_fingerprint=LAYOUT, transports=[transport]) as receiver,
+                KVSender(source, layout_fingerprint=LAYOUT) as sender,
+            ):
+                for transfer_id in (b"", bytes(15), bytes(17)):
+                    with pytest.raises(InvalidRequest):
+                        await sender.open(transfer_id, receiver.endpoint, [0])
+                incoming = receiver.grant([0])
+                outgoing = await sender.open(incoming.transfer_id, receiver.endpoint, [0])
+                if transport != "grpc":
+                    with pytest.raises(TransferFenced):
+                        await sender.open(incoming.transfer_id, receiver.endpoint, [0])
+                for block in await outgoing.send([(0, 0)]):
+                    incoming.land_inline(block.index, block.data, block.checksum)
+                await incoming.wait_landed()
 
     run(main)
 
