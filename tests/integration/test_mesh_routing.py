@@ -90,7 +90,7 @@ def test_decode_worker_when_it_is_three_times_slower_loses_traffic_within_fifty_
 def test_hot_prefix_when_all_requests_have_it_does_not_pile_up_on_one_worker(checkpoints: Path) -> None:
     """160 requests with one prefix of eight blocks, 16 at once, over four decode workers that publish what they hold: max/mean ≤ 1.3.
 
-    In one round of three: four engines share this process, and one that the machine keeps waiting gets fewer requests with good reason.
+    In one round of eight: four engines share this process, and one that the machine keeps waiting gets fewer requests with good reason.
     """
 
     async def main() -> None:
@@ -100,7 +100,7 @@ def test_hot_prefix_when_all_requests_have_it_does_not_pile_up_on_one_worker(che
             await mesh.wait_for(router, lambda status: status.index_synchronized)
             prefix = list(range(100, 100 + 8 * BLOCK_SIZE))
             seen = []
-            for _ in range(3):
+            for _ in range(8):
                 replies = await run_in_turn(mesh, router, prompts(160, 30, prefix=prefix), at_once=16)
                 # Wherever it goes the prefix is used: hardly anybody computes it again.
                 assert sum(reply.timing.decode_cached_tokens >= len(prefix) for reply in replies) > 0.8 * len(replies)
