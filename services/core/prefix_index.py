@@ -93,20 +93,19 @@ class PrefixIndex:
 
     def match(self, hashes: Sequence[bytes]) -> list[Match]:
         """Who holds how many leading blocks, fewest first; workers without the first block are left out."""
-        if not hashes:
-            return []
-        holders = self._holders
         matches: list[Match] = []
-        alive = holders.get(hashes[0], 0)
-        for num_blocks in range(1, len(hashes)):
-            if not alive:
-                return matches
-            still = alive & holders.get(hashes[num_blocks], 0)
+        found = map(self._holders.get, hashes)  # as far as it is asked for
+        alive = next(found, None) or 0
+        if not alive:
+            return matches
+        for num_blocks, holders in enumerate(found, 1):
+            still = alive & holders if holders else 0
             if still != alive:
                 matches.append(Match(num_blocks=num_blocks, workers=alive ^ still))
                 alive = still
-        if alive:
-            matches.append(Match(num_blocks=len(hashes), workers=alive))
+                if not alive:
+                    return matches
+        matches.append(Match(num_blocks=len(hashes), workers=alive))
         return matches
 
     def workers_in(self, workers: int) -> Iterator[str]:

@@ -164,16 +164,16 @@ class Slowness:
     """For each row of a table one factor over a shape. `factor` is what the policy reads; drift() lets time pass."""
 
     def __init__(self) -> None:
-        self.factor: Floats = np.ones(0)
+        self.factor: Floats = np.zeros(0)
         self._log: Floats = np.zeros(0)
         self._observed_s: Floats = np.full(0, -np.inf)  # -inf: never
         self._surprises: list[int] = []  # in a row; negative: towards faster
         self.median_log = 0.0
-        self.greatest = 1.0  # no factor is greater
 
-    def resize(self, num_rows: int) -> None:
-        more = num_rows - len(self.factor)
-        self.factor = np.concatenate([self.factor, np.ones(more)])
+    def resize(self, factor: Floats) -> None:
+        """More rows; from now on `factor` is where the factors are kept, and it has those of the old rows."""
+        more = len(factor) - len(self.factor)
+        self.factor = factor
         self._log = np.concatenate([self._log, np.zeros(more)])
         self._observed_s = np.concatenate([self._observed_s, np.full(more, -np.inf)])
         self._surprises.extend([0] * more)
@@ -183,7 +183,6 @@ class Slowness:
         self._observed_s[row] = -np.inf  # which makes its estimate the median
         self._surprises[row] = 0
         self.factor[row] = math.exp(self.median_log)
-        self.greatest = max(self.greatest, self.factor.item(row))
 
     def relative(self, row: int) -> float:
         """The factor of one worker over the fleet's."""
@@ -202,9 +201,7 @@ class Slowness:
             step = SURPRISE * 2.0 ** (abs(count) - 1)
             log += 0.5 * max(-step, min(step, error))
         log = max(-MAX_LOG_FACTOR, min(MAX_LOG_FACTOR, log))
-        factor = math.exp(log)
-        self._log[row], self._observed_s[row], self.factor[row] = log, now_s, factor
-        self.greatest = max(self.greatest, factor)
+        self._log[row], self._observed_s[row], self.factor[row] = log, now_s, math.exp(log)
 
     def drift(self, now_s: float) -> None:
         """Moves all factors towards the fleet's median as far as they have not been observed lately."""
@@ -213,7 +210,6 @@ class Slowness:
             self.median_log = float(np.median(self._log[known]))
         fade = np.exp2((self._observed_s - now_s) * (1.0 / HALF_LIFE_S))
         np.exp(self.median_log + (self._log - self.median_log) * fade, out=self.factor)
-        self.greatest = float(self.factor.max(initial=0.0))
 
     def _faded(self, row: int, now_s: float) -> float:
         age_s = now_s - float(self._observed_s[row])
@@ -288,9 +284,11 @@ class WorkerCosts:
         self.wire = Slowness()
         self._all = (self.prefill, self.step, self.wire)
 
-    def resize(self, num_rows: int) -> None:
-        for slowness in self._all:
-            slowness.resize(num_rows)
+    def resize(self, *, prefill: Floats, step: Floats, wire: Floats) -> None:
+        """More rows; the factors are kept in these columns."""
+        self.prefill.resize(prefill)
+        self.step.resize(step)
+        self.wire.resize(wire)
 
     def reset(self, row: int) -> None:
         for slowness in self._all:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.router.cost_model import CostModel
+from services.router.policy_loops import PREFILL_FACTOR, REPORTED_S, STEP_FACTOR
 from services.router.route import Route
 from services.router.tracked_worker import REFLECTED_AFTER_S, SILENT_S, LoadReport, TrackedWorker
 from services.router.tracked_worker import InFlight as InFlight
@@ -74,7 +75,14 @@ class Fleet:
         self._suspects: dict[TrackedWorker, None] = {}
         self._refreshed_s = self._drifted_s = -math.inf
         self.num_in_flight = 0
-        self._view = self._make_view()
+        self._view = FleetView(
+            now_s=-math.inf,
+            block_size=block_size,
+            model=model,
+            prefill=self._tables[Role.PREFILL],
+            decode=self._tables[Role.DECODE],
+            row_by_slot=np.zeros(0, dtype=np.int64),
+        )
 
     # Workers
 
@@ -88,7 +96,6 @@ class Fleet:
         table = self._tables[role]
         if not table.has_room:
             table.grow()
-            self._view = self._make_view()
         self._workers[worker_id] = TrackedWorker(
             worker_id=worker_id,
             role=role,
@@ -118,7 +125,7 @@ class Fleet:
         statuses = []
         for worker in self._workers.values():
             assert worker.row is not None
-            costs, why_not = worker.table.costs, worker.why_not(now_s)
+            columns, why_not = worker.table.columns, worker.why_not(now_s)
             statuses.append(
                 WorkerStatus(
                     worker_id=worker.worker_id,
@@ -130,8 +137,8 @@ class Fleet:
                     num_requests=worker.num_requests,
                     own_prefills=len(worker.prompts),
                     own_requests=len(worker.requests),
-                    prefill_slowness=costs.prefill.factor.item(worker.row),
-                    step_slowness=costs.step.factor.item(worker.row),
+                    prefill_slowness=columns.item(PREFILL_FACTOR, worker.row),
+                    step_slowness=columns.item(STEP_FACTOR, worker.row),
                 )
             )
         return statuses
@@ -246,39 +253,15 @@ class Fleet:
         for table in self._tables.values():
             if drifts:
                 table.costs.drift(now_s)
-            for row in (table.reported_s < now_s - SILENT_S).nonzero()[0].tolist():
+            for row in (table.columns[REPORTED_S] < now_s - SILENT_S).nonzero()[0].tolist():
                 self._workers[table.worker_ids[row]].publish(now_s)
-            table.least_blocks_total = table.blocks_total.min(initial=math.inf)
-            table.least_blocks_available = table.blocks_available.min(initial=math.inf)
-
-    def _make_view(self) -> FleetView:
-        """After a table has grown: lays the columns that both roles have side by side, so that the policy goes over them once."""
-        prefill, decode = self._tables[Role.PREFILL], self._tables[Role.DECODE]
-        free_at_s = np.concatenate([prefill.free_at_s, decode.free_at_s, [np.inf]])
-        factor = np.concatenate([prefill.costs.prefill.factor, decode.costs.prefill.factor, [1.0]])
-        end = len(prefill.free_at_s)
-        prefill.free_at_s, decode.free_at_s = free_at_s[:end], free_at_s[end:-1]
-        prefill.costs.prefill.factor, decode.costs.prefill.factor = factor[:end], factor[end:-1]
-        return FleetView(
-            now_s=-math.inf,
-            block_size=self._block_size,
-            model=self.model,
-            prefill=prefill,
-            decode=decode,
-            free_at_s=free_at_s,
-            prefill_factor=factor,
-            zeros=np.zeros(len(factor)),
-            rows_by_slot=[],
-            row_column_by_slot=np.zeros(0, dtype=np.intp),
-        )
 
     def _bind_slots(self, slots: list[str | None]) -> None:
         self._slots = list(slots)
         first_row = {Role.PREFILL: 0, Role.DECODE: len(self._tables[Role.PREFILL].worker_ids)}
-        nobody = len(self._view.free_at_s) - 1
-        rows = [nobody] * len(slots)
+        nobody = sum(len(table.worker_ids) for table in self._tables.values())
+        row_by_slot = self._view.row_by_slot = np.full(len(slots), nobody, dtype=np.int64)
         for slot, worker_id in enumerate(slots):
             worker = self._workers.get(worker_id) if worker_id is not None else None
             if worker is not None and worker.row is not None:
-                rows[slot] = first_row[worker.role] + worker.row
-        self._view.rows_by_slot, self._view.row_column_by_slot = rows, np.array(rows, dtype=np.intp)
+                row_by_slot[slot] = first_row[worker.role] + worker.row

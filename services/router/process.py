@@ -15,6 +15,7 @@ from services.mesh.server import MeshServer
 from services.router.admission import Admission
 from services.router.generation import Generator
 from services.router.members import Members
+from services.router.policy import warm_up
 from services.router.service import InferenceServicer, StatusServicer
 from services.router.settings import RouterSettings
 from services.tokenizer.checkpoint_dir import resolve_checkpoint
@@ -28,6 +29,7 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     """Serves until `stop` is set and what was accepted has ended."""
     directory = await asyncio.to_thread(resolve_checkpoint, settings.model, demo=TARGET_DIR)
     tokenizer = await asyncio.to_thread(Tokenizer.from_checkpoint, directory)
+    await asyncio.to_thread(warm_up)
     async with contextlib.AsyncExitStack() as stack:
         discovery: Discovery = StaticDiscovery.parse(settings.workers)
         if settings.redis_url is not None:

@@ -16,6 +16,21 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.router.cost_model import CostModel
+from services.router.policy_loops import (
+    BLOCKS_AVAILABLE,
+    BLOCKS_TOTAL,
+    FREE_AT_S,
+    NUM_RUNNING,
+    PREFILL_FACTOR,
+    REPORTED_S,
+    S_PER_MISSING_BLOCK,
+    STEP_FACTOR,
+    TOKEN_COST_S,
+    TOKEN_COST_S_PER_BLOCK,
+    TPOT_S,
+    TPOT_S_PER_BLOCK,
+    WAIT_S,
+)
 from services.router.route import Route
 from services.router.worker_table import WorkerTable
 
@@ -171,42 +186,41 @@ class TrackedWorker:
         table, row = self.table, self.row
         if row is None:
             return
-        table.reported_s[row] = self.reported_s
+        columns = table.columns
+        columns[REPORTED_S, row] = self.reported_s
         if not self.can_be_chosen(now_s):
-            table.free_at_s[row] = table.decode_costs[0, row] = math.inf
+            columns[FREE_AT_S, row] = columns[WAIT_S, row] = math.inf
             return
         # Silence and failures count as work: other workers are better, but if there is none this one is tried.
         penalty_s = max(0.0, now_s - self.reported_s - SILENT_S) + max(0.0, self.suspected_until_s - now_s)
-        table.free_at_s[row] = max(self._free_at_s, now_s) + penalty_s if penalty_s else self._free_at_s
-        table.blocks_total[row] = self._blocks_total
-        table.least_blocks_total = min(table.least_blocks_total, self._blocks_total)
+        columns[FREE_AT_S, row] = max(self._free_at_s, now_s) + penalty_s if penalty_s else self._free_at_s
+        columns[BLOCKS_TOTAL, row] = self._blocks_total
         if self.role is Role.DECODE:
             self._publish_decode(row, penalty_s)
 
     def _publish_decode(self, row: int, penalty_s: float) -> None:
-        table, step_s = self.table, self.model.step.seconds
+        columns, step_s = self.table.columns, self.model.step.seconds
         num_requests = self.num_requests
         running = min(num_requests, self._max_num_seqs)
         total = max(1, self._blocks_total)
         available = min(total, max(0, self._blocks_available + self._blocks_since))
         used = total - available
-        slowness = table.costs.step.factor.item(row)
+        slowness = columns.item(STEP_FACTOR, row)
         with_it = min(running + 1, self._max_num_seqs)
         tpot_s = slowness * step_s(with_it, used, total)
         few = 1.0 + 0.01 * total
         tpot_s_per_block = max(0.0, slowness * step_s(with_it, used + few, total) - tpot_s) / few
         # All requests that run now will have ended after about this long: places and blocks come back at that rate.
         residence_s = self.model.mean_output_tokens * tpot_s
-        table.blocks_available[row] = available
-        table.least_blocks_available = min(table.least_blocks_available, available)
-        table.s_per_missing_block[row] = residence_s / max(1, used)
-        table.num_running[row] = running
-        table.tpot_s[row] = tpot_s
-        table.tpot_s_per_block[row] = tpot_s_per_block
-        table.decode_costs[0, row] = max(0, num_requests + 1 - self._max_num_seqs) * residence_s / max(1, running) + penalty_s
+        columns[WAIT_S, row] = max(0, num_requests + 1 - self._max_num_seqs) * residence_s / max(1, running) + penalty_s
+        columns[NUM_RUNNING, row] = running
+        columns[BLOCKS_AVAILABLE, row] = available
+        columns[S_PER_MISSING_BLOCK, row] = residence_s / max(1, used)
+        columns[TPOT_S, row] = tpot_s
+        columns[TPOT_S_PER_BLOCK, row] = tpot_s_per_block
         # A request's share in the step of the others is the average one, not the slope: slopes of fitted curves are not to be trusted.
-        table.decode_costs[1, row] = 2.0 * tpot_s - slowness * step_s(0, 0, total)
-        table.decode_costs[2, row] = 2.0 * tpot_s_per_block
+        columns[TOKEN_COST_S, row] = 2.0 * tpot_s - slowness * step_s(0, 0, total)
+        columns[TOKEN_COST_S_PER_BLOCK, row] = 2.0 * tpot_s_per_block
 
     def _set_backlog(self, uncomputed_tokens: int, now_s: float) -> None:
         """When the worker will have computed its prompts, by its own report.
@@ -225,7 +239,7 @@ class TrackedWorker:
         # A worker may not know yet what it will find in its cache: up to the length of our prompts the tokens may be ours.
         others = max(0, uncomputed_tokens - own_prompt_tokens)
         assert self.row is not None
-        self._others_s = others * self.model.token_s * self.table.costs.prefill.factor.item(self.row)
+        self._others_s = others * self.model.token_s * self.table.columns.item(PREFILL_FACTOR, self.row)
         left = min(1.0, uncomputed_tokens / own_tokens) if own_tokens else 0.0
         self._free_at_s = now_s + own_s * left + self._others_s + unseen_s
 
@@ -239,11 +253,10 @@ class TrackedWorker:
             return
         self._learnt = now
         assert self.row is not None
-        costs = self.table.costs
-        prefill_s = prefill_tokens * self.model.token_s * costs.prefill.factor.item(self.row)
+        prefill_s = prefill_tokens * self.model.token_s * self.table.columns.item(PREFILL_FACTOR, self.row)
         if prefill_s > 0.5 * step_s:
             return  # what is left would be mostly the error of that estimate
-        costs.observe_steps(
+        self.table.costs.observe_steps(
             self.row,
             running=decode_tokens / steps,
             used_blocks=self._blocks_total - self._blocks_available,

@@ -1,57 +1,46 @@
-"""The fleet in columns, so that the policy goes over a thousand workers in a few dozen operations. Written by fleet, read by policy."""
+"""The fleet in columns, so that the policy gets over a thousand workers in microseconds. Written by fleet, read by policy."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from services.router.cost_model import CostModel, WorkerCosts
-
-Floats = npt.NDArray[np.float64]
-
-_COLUMNS = (
-    "free_at_s",
-    "reported_s",
-    "blocks_total",
-    "blocks_available",
-    "s_per_missing_block",
-    "num_running",
-    "tpot_s",
-    "tpot_s_per_block",
-    "decode_costs",
+from services.router.policy_loops import (
+    BLOCKS_TOTAL,
+    FREE_AT_S,
+    NUM_COLUMNS,
+    PREFILL_FACTOR,
+    REPORTED_S,
+    STEP_FACTOR,
+    WAIT_S,
+    WIRE_FACTOR,
+    Floats,
 )
 
 
 class WorkerTable:
-    """Columns over the workers of one role, as the policy reads them. Rows that nobody has cannot be chosen.
+    """`columns` [NUM_COLUMNS, rows] over the workers of one role. Rows that nobody has cannot be chosen.
 
-    free_at_s            when all prompts that the worker has will have been computed; inf: must not be chosen
-    blocks_available     KV blocks that a request could own now
-    s_per_missing_block  until running requests give one back
-    num_running          in the batch
-    tpot_s               seconds per step with one more request, plus tpot_s_per_block for each block of its own
-    decode_costs         [3, rows], to be multiplied by (1, output tokens, output tokens × blocks):
-                           seconds until there is a place for one more request; inf: must not be chosen
-                           seconds that a token costs this request and, by slowing their steps, the others
-                           the same for each block that the request owns
+    FREE_AT_S               when all prompts that the worker has will have been computed; inf: must not be chosen
+    PREFILL_FACTOR, STEP_FACTOR, WIRE_FACTOR   slowness
+    BLOCKS_TOTAL            KV blocks of its pool
+    REPORTED_S              time of its last report
+    and for decode workers:
+    WAIT_S                  until there is a place for one more request; inf: must not be chosen
+    TOKEN_COST_S            seconds that a token costs this request and, by slowing their steps, the others; plus
+    TOKEN_COST_S_PER_BLOCK  for each block that the request owns
+    NUM_RUNNING             requests in the batch
+    BLOCKS_AVAILABLE        that a request could own now
+    S_PER_MISSING_BLOCK     until running requests give one back
+    TPOT_S                  seconds per step with one more request; plus
+    TPOT_S_PER_BLOCK        for each block that the request owns
     """
 
     def __init__(self, model: CostModel) -> None:
         self.worker_ids: list[str] = []
         self.costs = WorkerCosts(model)
-        self.free_at_s: Floats = np.zeros(0)
-        self.reported_s: Floats = np.zeros(0)
-        self.blocks_total: Floats = np.zeros(0)
-        self.blocks_available: Floats = np.zeros(0)
-        self.s_per_missing_block: Floats = np.zeros(0)
-        self.num_running: Floats = np.zeros(0)
-        self.tpot_s: Floats = np.zeros(0)
-        self.tpot_s_per_block: Floats = np.zeros(0)
-        self.decode_costs: Floats = np.zeros((3, 0))
-        # No worker has less; columns need not be looked through for requests that are smaller.
-        self.least_blocks_total = math.inf
-        self.least_blocks_available = math.inf
+        self.columns: Floats = np.zeros((NUM_COLUMNS, 0))
         self._free_rows: list[int] = []
 
     @property
@@ -65,18 +54,16 @@ class WorkerTable:
 
     def give_row(self, row: int) -> None:
         self.worker_ids[row] = ""
-        for column in (self.free_at_s, self.reported_s, self.decode_costs[0], self.blocks_total, self.blocks_available):
-            column[row] = np.inf
+        self.columns[[FREE_AT_S, WAIT_S, REPORTED_S], row] = np.inf
+        self.columns[BLOCKS_TOTAL, row] = 0.0
         self.costs.reset(row)
         self._free_rows.append(row)
 
     def grow(self) -> None:
         old = len(self.worker_ids)
         more = max(8, old)
-        self.costs.resize(old + more)
-        for name in _COLUMNS:
-            column = getattr(self, name)
-            setattr(self, name, np.concatenate([column, np.zeros((*column.shape[:-1], more))], axis=-1))
+        self.columns = np.concatenate([self.columns, np.zeros((NUM_COLUMNS, more))], axis=1)
+        self.costs.resize(prefill=self.columns[PREFILL_FACTOR], step=self.columns[STEP_FACTOR], wire=self.columns[WIRE_FACTOR])
         self.worker_ids.extend([""] * more)
         for row in reversed(range(old, old + more)):
             self.give_row(row)
@@ -86,8 +73,7 @@ class WorkerTable:
 class FleetView:
     """The fleet as the policy is given it. These are the fleet's own columns: good until the fleet is told anything.
 
-    free_at_s, prefill_factor   of both tables in one: rows of prefill, rows of decode, and one that nobody has; so `zeros`
-    rows_by_slot                slot of the prefix index → row of these two
+    row_by_slot   slot of the prefix index → row of its worker, those of decode counted on from prefill; one more for workers unknown here
     """
 
     now_s: float
@@ -95,8 +81,4 @@ class FleetView:
     model: CostModel
     prefill: WorkerTable
     decode: WorkerTable
-    free_at_s: Floats
-    prefill_factor: Floats
-    zeros: Floats
-    rows_by_slot: list[int]
-    row_column_by_slot: npt.NDArray[np.intp]
+    row_by_slot: npt.NDArray[np.int64]

@@ -68,8 +68,4 @@ def route(
 
 def snapshot(view: FleetView) -> list[np.ndarray]:
     """Copies of all that the policy may read."""
-    columns = [view.free_at_s, view.prefill_factor, view.zeros, view.row_column_by_slot]
-    for table in (view.prefill, view.decode):
-        columns += [table.blocks_total, table.blocks_available, table.s_per_missing_block, table.num_running]
-        columns += [table.tpot_s, table.tpot_s_per_block, table.decode_costs, table.costs.wire.factor, table.costs.step.factor]
-    return [column.copy() for column in columns]
+    return [view.prefill.columns.copy(), view.decode.columns.copy(), view.row_by_slot.copy()]

@@ -14,6 +14,7 @@ from services.core.prefix_index import PrefixIndex
 from services.router.cost_model import CostModel, DeclaredPrefill, DeclaredStep
 from services.router.fleet import Fleet, InFlight, PrefillOutcome, Role, WorkerStatus
 from services.router.policy import choose
+from services.router.policy_loops import BLOCKS_AVAILABLE, FREE_AT_S, NUM_RUNNING
 from services.router.route import Route, RouteRequest
 from services.router.tracked_worker import FIRST_COOL_DOWN_S, LAST_COOL_DOWN_S, SILENT_S, STALE_S
 from tests.unit.router.fleets import BLOCK_SIZE, LAYOUT, Load, make_fleet, route
@@ -366,6 +367,19 @@ def test_slowness_of_a_worker_that_left_is_not_its_successor_s() -> None:
     assert status(fleet, "prefill-9").prefill_slowness == pytest.approx(fast, rel=0.2)
 
 
+def test_prefill_done_teaches_which_decode_worker_computes_prompts_slowly() -> None:
+    fleet = make_fleet(model=CostModel.learnt(block_bytes=1 << 20), prefill=0)
+    for i in range(30):
+        item = fleet.dispatched(route(fleet, RouteRequest(prompt_tokens=2048, excluded=(f"decode-{1 - i % 2}",))), 0.01 * i)
+        fleet.prefill_done(item, outcome(f"decode-{i % 2}", prefill_s=0.3 if i % 2 else 0.1), 0.01 * i)
+        fleet.finished(item, 0.01 * i, output_tokens=1)
+    for worker_id in ("decode-0", "decode-1"):
+        fleet.report(worker_id, Load(), 1.0)
+    chosen = [route(fleet, RouteRequest(prompt_tokens=2048, spread=i), now_s=1.0) for i in range(4)]
+    assert {one.decode_worker_id for one in chosen} == {"decode-0"}
+    assert chosen[0].compute_s == pytest.approx(0.1, rel=0.2)
+
+
 def test_prefill_done_teaches_which_decode_worker_has_a_slow_link() -> None:
     fleet = make_fleet(model=CostModel.learnt(block_bytes=1 << 20), num_running=40)
     for i in range(40):
@@ -539,8 +553,8 @@ class Bookkeeping(RuleBasedStateMachine):
             table = view.prefill if worker_id.startswith("prefill") else view.decode
             if worker_id in table.worker_ids:
                 row = table.worker_ids.index(worker_id)
-                assert table.free_at_s[row] == self.now_s and table.num_running[row] == 0
-                assert table.blocks_available[row] == 10_000 or table is view.prefill
+                assert table.columns[FREE_AT_S, row] == self.now_s and table.columns[NUM_RUNNING, row] == 0
+                assert table.columns[BLOCKS_AVAILABLE, row] == 10_000 or table is view.prefill
 
 
 def check_route(chosen: Route) -> None:

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.core.errors import OutOfBlocks, PeerUnavailable
+from services.core.prefix_index import PrefixIndex
+from services.router import policy_loops
+from services.router.cost_model import CostModel
 from services.router.fleet import Fleet, Role
-from services.router.policy import NUM_CANDIDATES, choose
+from services.router.policy import NUM_CANDIDATES, choose, warm_up
 from services.router.route import Route, RouteRequest
 from services.router.tracked_worker import STALE_S
 from tests.unit.router.fleets import BLOCK_SIZE, LAYOUT, Load, declared_model, make_fleet, route, snapshot
@@ -121,6 +124,20 @@ def test_choose_when_there_is_no_prefill_worker_computes_on_decode() -> None:
     assert chosen.is_local and chosen.prefill_worker_ids == () and chosen.remote_ttft_s is None
     assert chosen.local_prefill_tokens == PROMPT.prompt_tokens
     assert "no prefill worker" in chosen.explain()
+
+
+def test_choose_when_decode_workers_compute_prompts_avoids_those_with_prompts_waiting() -> None:
+    fleet = make_fleet(prefill=0)
+    fleet.report("decode-0", Load(uncomputed_prompt_tokens=4000), 0.0)
+    assert {route(fleet, RouteRequest(prompt_tokens=2048, spread=i)).decode_worker_id for i in range(4)} == {"decode-1"}
+
+
+@pytest.mark.parametrize(("num_choices", "expected"), [(1, "decode-0"), (8, "decode-1")])
+def test_choose_when_choices_are_many_weighs_the_batch_more_than_the_prefix(num_choices: int, expected: str) -> None:
+    fleet = make_fleet(prefill=0)
+    fleet.report("decode-0", Load(blocks_free=9975), 0.0)
+    request = RouteRequest(prompt_tokens=2048, max_output_tokens=60, num_choices=num_choices)
+    assert route(fleet, request, {"decode-0": 12}).decode_worker_id == expected
 
 
 def test_choose_when_the_prefill_workers_are_gone_computes_on_decode() -> None:
@@ -476,6 +493,17 @@ def test_predicted_ttft_when_the_model_has_learnt_is_near_what_happens() -> None
     learnt = [one for one in mesh.served if one.arrived_s > 5.0]
     errors = sorted(abs(one.route.predicted_ttft_s - one.ttft_s) for one in learnt)
     assert errors[len(errors) // 2] < 0.1 * (PREFILL_S + 1024 * PREFILL_S_PER_TOKEN)
+
+
+def test_choose_after_warm_up_compiles_nothing_more() -> None:
+    warm_up()
+    compiled = list(policy_loops.choose_rows.signatures)  # type: ignore[attr-defined]
+    index = PrefixIndex()
+    index.replace("prefill-0", epoch=1, sequence_number=0, hashes=[b"a" * 16])
+    request = RouteRequest(prompt_tokens=2048, excluded=("prefill-1",), max_local_tokens=9, ttft_limit_s=1e-9, spread=1 << 80)
+    for model in (declared_model(), CostModel.learnt(block_bytes=1 << 20)):
+        choose(request, index.match([b"a" * 16]), make_fleet(model=model).view(1.5, index.worker_ids))
+    assert list(policy_loops.choose_rows.signatures) == compiled  # type: ignore[attr-defined]
 
 
 def test_choose_without_index_routes_by_load() -> None:
