@@ -12,7 +12,7 @@ import numpy as np
 from services.core.errors import InvalidRequest
 from services.core.noise import draw_seed
 from services.core.prefix_hash import KEY_BYTES, prefix_key
-from services.core.types import FinishReason, PrefillTiming, SampledToken, TokenEvent, check_token_id
+from services.core.types import FinishReason, PrefillTiming, SampledToken, SamplingParams, TokenEvent, check_token_id
 from services.engine.block_pool import BlockPool
 from services.engine.events import Event, PrefillProgress, Reserved
 from services.engine.model_runner import ModelRunner
@@ -104,11 +104,26 @@ class EngineCore:
         for token in first_tokens:
             check_token_id("first_tokens", token.token_id, self.vocab_size)
 
+    def first_events(self, request: EngineRequest, first_tokens: Tokens[SampledToken], *, cached_tokens: int) -> list[Event]:
+        """What landed() makes of these valid first tokens, told from constants alone."""
+        stop_ids, max_tokens = self._stop_ids(request.sampling), self._max_tokens(request)
+        return [
+            TokenEvent(
+                request_id=request.request_id,
+                choice=choice,
+                token_id=token.token_id,
+                position=len(request.prompt_token_ids),
+                logprobs=token.logprobs,
+                finish_reason=_finish_reason(token.token_id, 1, request.sampling, stop_ids, max_tokens),
+                cached_tokens=cached_tokens,
+            )
+            for choice, token in enumerate(first_tokens)
+        ]
+
     def add(self, request: EngineRequest, purpose: Purpose = Purpose.GENERATE, *, arrived_at: float | None = None) -> None:
         """Queues a valid request. Its further choices join when the prompt has been computed, or has landed."""
         params = request.sampling
         prompt = list(request.prompt_token_ids)
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         self.scheduler.add(
             Sequence(
                 request_id=request.request_id,
@@ -116,10 +131,10 @@ class EngineCore:
                 order=(self._arrivals, 0),
                 tokens=prompt,
                 prompt_length=len(prompt),
-                max_tokens=params.max_tokens or self.max_model_len - len(prompt),
+                max_tokens=self._max_tokens(request),
                 sampling=params,
                 seed=draw_seed() if params.seed is None else params.seed,
-                stop_ids=stop_ids,
+                stop_ids=self._stop_ids(params),
                 prefix_key=request.prefix_key or self.prefix_key,
                 purpose=purpose,
                 watch=PrefillWatch(self._clock() if arrived_at is None else arrived_at),
@@ -229,6 +244,12 @@ class EngineCore:
             model_s=self._runner.model_s,
         )
 
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
+
+    def _max_tokens(self, request: EngineRequest) -> int:
+        return request.sampling.max_tokens or self.max_model_len - len(request.prompt_token_ids)
+
     def _admission_events(self) -> list[Event]:
         """What the requests that were just admitted have for others to begin with."""
         events: list[Event] = []
@@ -282,11 +303,9 @@ class EngineCore:
         """Adds a sampled token, or one that a peer has sampled, to its sequence and ends, queues or keeps it."""
         is_new_choice = sequence.choice > 0 and sequence.num_output_tokens == 0
         sequence.tokens.append(token.token_id)
-        finish_reason = None
-        if token.token_id in sequence.stop_ids and sequence.num_output_tokens > sequence.sampling.min_tokens:
-            finish_reason = FinishReason.STOP
-        elif sequence.num_output_tokens >= sequence.max_tokens:
-            finish_reason = FinishReason.LENGTH
+        finish_reason = _finish_reason(
+            token.token_id, sequence.num_output_tokens, sequence.sampling, sequence.stop_ids, sequence.max_tokens
+        )
         if finish_reason is None and is_new_choice:
             self.scheduler.add(sequence)  # finds its prompt in the prefix cache, all but the last partial block
         elif finish_reason is not None and not is_new_choice:
@@ -312,3 +331,12 @@ class EngineCore:
         if prefill_tokens:
             self._pacer.took(seconds)
             self.scheduler.prefill_chunk_tokens = self._pacer.chunk_tokens
+
+
+def _finish_reason(
+    token_id: int, num_output_tokens: int, params: SamplingParams, stop_ids: frozenset[int], max_tokens: int
+) -> FinishReason | None:
+    """Why a choice ends with its latest token, if it does."""
+    if token_id in stop_ids and num_output_tokens > params.min_tokens:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if num_output_tokens >= max_tokens else None

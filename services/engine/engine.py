@@ -16,16 +16,17 @@ Knows nothing of the network. All public calls are made on one event loop.
 """
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Self
 
 from services.core.errors import EngineStopped, InvalidRequest, QueueFull, UnknownRequest
 from services.core.types import SampledToken, TokenEvent
 from services.engine.core import EngineCore
-from services.engine.delivery import Delivery, OpenRequest, abort_events
+from services.engine.delivery import Delivery, EventStream, OpenRequest, abort_events
 from services.engine.events import Event, Listener, OnBlocks, PrefillProgress, Reserved
 from services.engine.sequence import EngineRequest, Purpose
 from services.engine.stats import EngineStats
@@ -100,23 +101,19 @@ class Engine:
         finally:
             self._close(opened)
 
-    async def prefill(self, request: EngineRequest) -> AsyncGenerator[PrefillProgress, None]:
-        """Computes a prompt and samples the first token of every choice, for another engine to go on from.
+    @contextlib.asynccontextmanager
+    async def prefill(self, request: EngineRequest) -> AsyncIterator[AsyncIterator[PrefillProgress]]:
+        """Computes a prompt and samples the first token of every choice, for another engine to go on from; begins when it is entered.
 
-        An event for what was cached, then one for each step that computed a part; the last one has the first tokens. The blocks stay
-        owned until the generator ends or is closed: keep it at its last event until they have been copied. Leaving early aborts.
-        Raises what submit() does, from its first event, and EngineStopped. It ends without first tokens when it is aborted from elsewhere.
+        Gives an event for what was cached, then one for each step that computed a part; the last one has the first tokens. The blocks
+        stay owned until the context is left: stay in it until they have been copied. Leaving early aborts.
+        Entering raises what submit() does, the events EngineStopped. They end without first tokens when it is aborted from elsewhere.
         """
         opened = self._take_in(request, Purpose.PREFILL, None)
         assert opened.stream is not None
         try:
-            is_computed = False
-            while not is_computed:
-                event = await opened.stream.next()
-                if not isinstance(event, PrefillProgress):
-                    break
-                is_computed = event.first_tokens is not None
-                yield event
+            async with contextlib.aclosing(_progress(opened.stream)) as steps:
+                yield steps
         finally:
             self._close(opened)
 
@@ -135,9 +132,16 @@ class Engine:
         """
         if opened := self._delivery.get(request_id):
             self._core.validate_first_tokens(opened.request, first_tokens)
-            self._take_reserved(opened)
+            reserved = self._take_reserved(opened)
             tokens = tuple(first_tokens)
-            self._inbox.put(lambda: self._core.landed(request_id, tokens))
+            # The client's first token: told before the engine thread, which may be in a step, has heard of it.
+            events = self._core.first_events(opened.request, tokens, cached_tokens=reserved.num_cached_tokens)
+            self._loop.call_soon(self._delivery.deliver, events)
+
+            def land() -> None:
+                self._core.landed(request_id, tokens)
+
+            self._inbox.put(land)
 
     def compute_here(self, request_id: str, *, num_landed_tokens: int = 0) -> None:
         """Computes a reserved prompt here after all, from the last block that has landed whole. Nobody may write there any more.
@@ -259,3 +263,11 @@ class Engine:
     def _end(self, reason: EngineStopped) -> None:
         self._stopped = self._stopped or reason
         self._delivery.end(self._stopped)
+
+
+async def _progress(events: EventStream) -> AsyncGenerator[PrefillProgress, None]:
+    """A prefill's events up to its first tokens, or to its end without them."""
+    while isinstance(event := await events.next(), PrefillProgress):
+        yield event
+        if event.first_tokens is not None:
+            return

@@ -31,6 +31,8 @@ from services.mesh.kv_wire import (
     shut_down,
 )
 
+# A lane leaves no less than this to another one: copying it takes no longer than waking a thread.
+_MIN_RUN_BYTES = 1 << 20
 # How long a lane may take, when its connection ends, to tell the peer of the block that it has just copied.
 _LAST_WORDS_TIMEOUT_S = 1.0
 
@@ -107,12 +109,15 @@ class Connection:
         self._memory = memory
         self._blocks_sent = blocks_sent
         self._loop = asyncio.get_running_loop()
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # what the connection and its transfers are in
+        self._work = threading.Condition(lock)  # something is ready: wakes one lane, which wakes the next if that is not all
         self._transfers: dict[bytes, StreamedTransfer] = {}
         self._ready: deque[StreamedTransfer] = deque()  # those with something pending; each once
         self._num_inside = 0  # lanes that are in any block now
         self._error: BatonError | None = None  # once set, the connection is over
         self._max_run_blocks = max(1, min(channel.run_bytes // memory.block_bytes, MAX_PACKET_FRAMES))
+        self._min_run_blocks = min(self._max_run_blocks, -(-_MIN_RUN_BYTES // memory.block_bytes))
         kind = channel.transport
         self._lanes = [threading.Thread(target=self._run_lane, name=f"kv-send-{kind}-{i}", daemon=True) for i in range(num_lanes)]
         self._listener = threading.Thread(target=self._run_listener, name=f"kv-send-{kind}-listener", daemon=True)
@@ -192,7 +197,7 @@ class Connection:
         if not transfer.pending:
             self._ready.append(transfer)
         transfer.pending.extend(blocks)
-        self._changed.notify_all()
+        self._work.notify()
 
     def _end(self, transfer: StreamedTransfer, error: BatonError) -> None:
         """Nothing more of the transfer is taken up; whoever waits for it gets `error`. The first end counts."""
@@ -241,6 +246,7 @@ class Connection:
             for transfer in list(self._transfers.values()):
                 self._end(transfer, error)
             self._changed.notify_all()
+            self._work.notify_all()
             # Our end is what tells the peer that nobody writes into its memory any more: with a copy under way, only listening ends here.
             shut_down(self._channel.sock, socket.SHUT_RD if self._channel.writes_peer_memory else socket.SHUT_RDWR)
 
@@ -257,14 +263,17 @@ class Connection:
     def _take(self) -> tuple[StreamedTransfer, list[_Block]] | None:
         """The next run of blocks; without blocks: OPEN is due. None: the connection is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._error)
+            self._work.wait_for(lambda: self._ready or self._error)
             if self._error:
                 return None
             transfer = self._ready.popleft()
-            num_blocks = min(self._max_run_blocks, -(-len(transfer.pending) // len(self._lanes)))
+            share = max(self._min_run_blocks, -(-len(transfer.pending) // len(self._lanes)))
+            num_blocks = min(self._max_run_blocks, share, len(transfer.pending))
             run = [block for block in (transfer.pending.popleft() for _ in range(num_blocks)) if block]
             if transfer.pending:
                 self._ready.append(transfer)
+            if self._ready:
+                self._work.notify()
             self._num_inside += 1
             transfer.num_inside += 1
             return transfer, run

@@ -52,9 +52,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         block_ids = _granted_blocks(request.grant, num_blocks=-(-len(prompt) // worker.block_size))
         endpoint = convert.endpoint_from_proto(request.grant.endpoint)
         async with contextlib.AsyncExitStack() as stack:
+            # The engine begins while the transfer is agreed. Closed in this order: nothing reads the blocks any more, then the engine
+            # gets them back.
+            steps = await stack.enter_async_context(worker.engine.prefill(engine_request))
             transfer = await self._sender.open(request.grant.transfer_id, endpoint, block_ids)
-            # Closed in this order: nothing reads the blocks any more, then the engine gets them back.
-            steps = await stack.enter_async_context(contextlib.aclosing(worker.engine.prefill(engine_request)))
             stack.push_async_callback(transfer.stop, STOP_S)
             yield prefill_pb2.PrefillEvent(
                 accepted=prefill_pb2.PrefillAccepted(worker_id=worker.worker_id, kv_transport=transfer.transport)
