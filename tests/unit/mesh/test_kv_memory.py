@@ -77,3 +77,9 @@ def test_host_id_when_read_twice_is_the_same_and_not_empty() -> None:
 def _num_pool_mappings() -> int:
     with open("/proc/self/maps", encoding="ascii") as maps:
         return sum("baton-kv-pool" in line for line in maps)
+
+
+def test_memory_when_new_has_all_its_pages() -> None:
+    with KVMemory(64, 1 << 20) as memory:
+        assert memory.fd is not None
+        assert os.fstat(memory.fd).st_blocks * 512 == memory.pool_bytes
