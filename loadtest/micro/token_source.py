@@ -8,6 +8,7 @@ Prints its address.
 import asyncio
 import functools
 import sys
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -31,6 +32,7 @@ IDENTITY = common_pb2.ModelIdentity(
     max_model_len=1 << 20,
     vocab_size=VOCAB_SIZE,
 )
+LOAD_INTERVAL_S = 0.05  # as a decode worker's
 LOAD = common_pb2.WorkerLoad(blocks_total=1 << 20, blocks_free=1 << 20, max_num_seqs=1024)
 
 
@@ -42,11 +44,11 @@ class _Request:
 
     def step(self) -> TokenEvent:
         self.position += 1
-        return _event(self.position - 1, is_last=self.position == self.end)
+        return _event(self.position - 1, self.position == self.end)
 
 
 @functools.cache  # an engine makes events on a thread of its own; here the event loop should not have to
-def _event(position: int, *, is_last: bool) -> TokenEvent:
+def _event(position: int, is_last: bool) -> TokenEvent:
     return TokenEvent(
         request_id="",
         choice=0,
@@ -81,7 +83,7 @@ class Source(decode_pb2_grpc.DecodeServiceServicer, inference_pb2_grpc.Inference
                 elif command.HasField("cancel"):
                     requests.pop(command.cancel.handle, None)
 
-        frame = FrameBuilder()
+        frame, load_sent_at = FrameBuilder(), 0.0
         async with asyncio.TaskGroup() as tasks:
             reader = tasks.create_task(obey())
             while not reader.done():
@@ -97,7 +99,10 @@ class Source(decode_pb2_grpc.DecodeServiceServicer, inference_pb2_grpc.Inference
                     frame.add_token(request.handle, request.step())
                     if request.position == request.end:
                         del requests[request.handle]
-                yield frame.take(LOAD)
+                is_load_due = time.monotonic() - load_sent_at >= LOAD_INTERVAL_S
+                if is_load_due:
+                    load_sent_at = time.monotonic()
+                yield frame.take(LOAD if is_load_due else None)
                 await asyncio.sleep(self._step_s)
 
     async def Generate(  # noqa: N802

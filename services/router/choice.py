@@ -48,7 +48,7 @@ class ChoiceText:
         """Takes the next tokens; `finish_reason` says why the engine ended the choice with the last of them."""
         if not self._stop and finish_reason is None:
             self._num_tokens += len(token_ids)
-            return Shown(text=self._detokenizer.push(token_ids), num_tokens=len(token_ids), finish_reason=None)
+            return Shown(self._detokenizer.push(token_ids), len(token_ids), None)
         text = ""
         for index, token_id in enumerate(token_ids):
             self._num_tokens += 1

@@ -23,6 +23,7 @@ from services.mesh.streams import HEARTBEAT_S, SILENCE_S
 RECONNECT_S = 0.2
 
 _log = logging.getLogger(__name__)
+_make_tuple = tuple.__new__  # of a NamedTuple, without the function that it would call for that
 
 
 class Arrival(NamedTuple):  # one for each token of each request: a dataclass takes three times as long to make
@@ -42,6 +43,7 @@ class RequestStream:
         self._next_position = [prompt_tokens] * num_choices
         self._arrivals: list[Arrival] = []
         self._error: BatonError | None = None
+        self._loop = asyncio.get_running_loop()
         self._reader: asyncio.Future[None] | None = None  # waits; an Event would do the same at twice the price
 
     async def next_arrivals(self) -> list[Arrival]:
@@ -49,7 +51,7 @@ class RequestStream:
         while not self._arrivals:
             if self._error is not None:
                 raise self._error
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = self._loop.create_future()
             await self._reader
         arrivals, self._arrivals = self._arrivals, []
         return arrivals
@@ -63,13 +65,26 @@ class RequestStream:
         finish_reason: FinishReason | None = None,
     ) -> None:
         """Takes the next tokens of a choice. A gap would be a wrong answer, so it ends the attempt."""
-        expected = self._next_position[choice]
-        if first_position != expected:
-            self.fail(PeerUnavailable(f"choice {choice} goes on at position {first_position}, not {expected}"))
+        if first_position != self._next_position[choice]:
+            self._fail_at(choice, first_position)
             return
-        self._next_position[choice] = expected + len(token_ids)
+        self._next_position[choice] += len(token_ids)
         self._arrivals.append(Arrival(choice, token_ids, logprobs, finish_reason))
         self._wake()
+
+    def push_token(self, choice: int, position: int, token_id: int) -> None:
+        """push() of one token and nothing else, in half the time: what nearly all tokens are."""
+        next_position = self._next_position
+        if position != next_position[choice]:
+            self._fail_at(choice, position)
+            return
+        next_position[choice] = position + 1
+        self._arrivals.append(_make_tuple(Arrival, (choice, (token_id,), (), None)))
+        reader = self._reader
+        if reader is not None:
+            self._reader = None
+            if not reader.done():
+                reader.set_result(None)
 
     def end(self, choice: int, finish_reason: FinishReason) -> None:
         """A choice has ended without another token."""
@@ -81,6 +96,9 @@ class RequestStream:
         if self._error is None:
             self._error = error
             self._wake()
+
+    def _fail_at(self, choice: int, position: int) -> None:
+        self.fail(PeerUnavailable(f"choice {choice} goes on at position {position}, not {self._next_position[choice]}"))
 
     def _wake(self) -> None:
         reader, self._reader = self._reader, None
@@ -217,7 +235,7 @@ class DecodeSession:
         for handle, position, token_id in zip(handles, positions, token_ids, strict=True):
             known = streams.get(handle)
             if known is not None:  # else cancelled, or of an attempt that is over
-                known[0].push(known[1], position, (token_id,))
+                known[0].push_token(known[1], position, token_id)
 
     def _take_runs(
         self,

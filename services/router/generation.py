@@ -25,7 +25,7 @@ from services.core.types import FinishReason, SamplingParams, TokenLogprobs, che
 from services.mesh import convert
 from services.mesh.index_client import IndexReplica
 from services.router.admission import Admission
-from services.router.choice import ChoiceText, Shown, check_stops
+from services.router.choice import ChoiceText, check_stops
 from services.router.decode_session import Arrival, RequestStream
 from services.router.fleet import Fleet, InFlight, PrefillOutcome
 from services.router.members import Members
@@ -106,10 +106,26 @@ class Generator:
         Raises InvalidRequest, QueueFull, Overloaded, Unavailable, DeadlineExceeded.
         """
         run = _Run(request, self._tokenizer, self._members.require_identity(), router_id=self._router_id)
+        failed_on: list[str] = []
         with self._counted(run), self._admission.enter():
-            async with contextlib.aclosing(self._attempts(run)) as deltas:
-                async for delta in deltas:
-                    yield delta
+            while not run.is_finished:
+                fleet = self._members.require_fleet()
+                route = self._route(run, fleet, excluded=failed_on)
+                run.attempts += 1
+                try:
+                    with self._started(run, fleet, route) as (stream, item):
+                        while not run.is_finished:
+                            arrivals = await stream.next_arrivals()
+                            if run.first_token_at is None:
+                                self._first_token(run, fleet, item, route, stream)
+                            for arrival in arrivals:
+                                if (delta := run.take(arrival)) is not None:
+                                    yield delta
+                except (Unavailable, ResourceExhausted):
+                    # Another worker may do it, unless text has been shown.
+                    failed_on.append(route.decode_worker_id)
+                    if run.completion_tokens or run.attempts >= MAX_ATTEMPTS:
+                        raise
             summary = run.summary()
             self._account(run, summary)
             yield summary
@@ -145,23 +161,6 @@ class Generator:
             self._ended.clear()
             await self._ended.wait()
 
-    async def _attempts(self, run: "_Run") -> AsyncGenerator[Delta, None]:
-        """Tries workers until one has carried the request to its end. Once text has been shown there is no other try."""
-        failed_on: list[str] = []
-        while True:
-            fleet = self._members.require_fleet()
-            route = self._route(run, fleet, excluded=failed_on)
-            run.attempts += 1
-            try:
-                async with contextlib.aclosing(self._attempt(run, fleet, route)) as deltas:
-                    async for delta in deltas:
-                        yield delta
-                return
-            except (Unavailable, ResourceExhausted):
-                failed_on.append(route.decode_worker_id)
-                if run.completion_tokens or run.attempts >= MAX_ATTEMPTS:
-                    raise
-
     def _route(self, run: "_Run", fleet: Fleet, *, excluded: Sequence[str]) -> Route:
         """Chooses workers by the prefixes they hold and the load they have; see policy."""
         started = time.perf_counter()
@@ -187,34 +186,26 @@ class Generator:
         run.route = route
         return route
 
-    async def _attempt(self, run: "_Run", fleet: Fleet, route: Route) -> AsyncGenerator[Delta, None]:
-        """Runs the request on the route's workers; whatever ends it, they and the fleet's books hear of it."""
+    @contextlib.contextmanager
+    def _started(self, run: "_Run", fleet: Fleet, route: Route) -> Iterator[tuple[RequestStream, InFlight]]:
+        """Has the request run on the route's workers; whatever ends it, they and the fleet's books hear of it."""
         session = self._members.session(route.decode_worker_id)
         num_choices = run.sampling.n
         stream = RequestStream(prompt_tokens=len(run.request.prompt_token_ids), num_choices=num_choices)
         item = fleet.dispatched(route, time.monotonic())
         blamed: tuple[str, ...] = ()
-        is_finished = False
         handle: int | None = None
         try:
             run.sent_at = time.perf_counter()
             handle = session.start(self._start(run, route), stream, num_choices)
-            while not run.is_finished:
-                arrivals = await stream.next_arrivals()
-                if run.first_token_at is None:
-                    self._first_token(run, fleet, item, route, stream)
-                for arrival in arrivals:
-                    delta = run.take(arrival)
-                    if delta is not None:
-                        yield delta
-            is_finished = True
+            yield stream, item
         except (Unavailable, ResourceExhausted):
             blamed = (route.decode_worker_id,)
             raise
         finally:
             if handle is not None:
                 session.cancel(handle, num_choices)
-            if is_finished:
+            if run.is_finished:
                 fleet.finished(item, time.monotonic(), output_tokens=run.completion_tokens)
             else:
                 fleet.failed(item, time.monotonic(), blamed=blamed)
@@ -329,17 +320,12 @@ class _Run:
         """Turns tokens into text; None for a choice that a stop string has ended already."""
         if arrival.choice not in self._open_choices:
             return None
-        shown: Shown = self._texts[arrival.choice].push(arrival.token_ids, arrival.finish_reason)
-        self.completion_tokens += shown.num_tokens
-        if shown.finish_reason is not None:
-            self._open_choices.discard(arrival.choice)
-        return Delta(
-            choice=arrival.choice,
-            text=shown.text,
-            token_ids=arrival.token_ids[: shown.num_tokens],
-            logprobs=arrival.logprobs[: shown.num_tokens],
-            finish_reason=shown.finish_reason,
-        )
+        choice, token_ids, logprobs, finish_reason = arrival
+        text, num_tokens, finish_reason = self._texts[choice].push(token_ids, finish_reason)
+        self.completion_tokens += num_tokens
+        if finish_reason is not None:
+            self._open_choices.discard(choice)
+        return Delta(choice, text, token_ids[:num_tokens], logprobs[:num_tokens], finish_reason)
 
     def summary(self) -> Summary:
         now = time.perf_counter()

@@ -136,12 +136,13 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
 
 def _delta_to_proto(delta: Delta) -> inference_pb2.GenerateResponse:
     # Once for each token: only what is there is set.
-    response = inference_pb2.GenerateResponse(choice=delta.choice, text=delta.text)
-    response.token_ids.packed = convert.pack_u32(delta.token_ids)
-    if delta.logprobs:
-        response.logprobs.extend(map(convert.logprobs_to_proto, delta.logprobs))
-    if delta.finish_reason is not None:
-        response.finish_reason = convert.finish_reason_to_proto(delta.finish_reason)
+    choice, text, token_ids, logprobs, finish_reason = delta
+    response = inference_pb2.GenerateResponse(choice=choice, text=text)
+    response.token_ids.packed = convert.pack_u32(token_ids)
+    if logprobs:
+        response.logprobs.extend(map(convert.logprobs_to_proto, logprobs))
+    if finish_reason is not None:
+        response.finish_reason = convert.finish_reason_to_proto(finish_reason)
     return response
 
 

@@ -42,15 +42,25 @@ class ByteLevelDetokenizer:
         self._known = known
         # It replaces malformed bytes exactly like Rust's `from_utf8_lossy`: one U+FFFD per maximal malformed part.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_whole = True  # it holds nothing back
 
     def push(self, token_ids: Sequence[int]) -> str:
         known = self._known
         for token_id in token_ids:
             if token_id not in known:
                 known[token_id] = self._token_bytes(token_id)
-        return self._utf8.decode(b"".join([known[token_id] for token_id in token_ids]))
+        piece = b"".join([known[token_id] for token_id in token_ids])
+        if self._is_whole:
+            try:
+                return piece.decode()  # nearly always; the incremental decoder is written in Python
+            except UnicodeDecodeError:
+                pass
+        text = self._utf8.decode(piece)
+        self._is_whole = not self._utf8.getstate()[0]
+        return text
 
     def finish(self) -> str:
+        self._is_whole = True
         return self._utf8.decode(b"", final=True)
 
     def _token_bytes(self, token_id: int) -> bytes:

@@ -83,7 +83,9 @@ def hand_over(source: EngineCore, target: EngineCore, request: EngineRequest) ->
     source.abort(request.request_id)
     assert done.first_tokens is not None
     target.validate_first_tokens(request, done.first_tokens)
+    told = target.first_events(request, done.first_tokens, cached_tokens=reserved.num_cached_tokens)
     events = target.landed(request.request_id, done.first_tokens)
+    assert told == events  # the engine tells them before the core has made them
     return events + drain(target)
 
 

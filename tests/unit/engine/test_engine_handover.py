@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -97,7 +96,7 @@ def test_landed_when_blocks_came_from_another_engine_gives_the_tokens_of_one_eng
             reserved = await inbox.reserved()
             assert (len(reserved.block_ids), reserved.num_cached_tokens) == (3, 0)
             computed = []
-            async with aclosing(source.prefill(make_request("another id", n=n, temperature=1.5, logprobs=1))) as steps:
+            async with source.prefill(make_request("another id", n=n, temperature=1.5, logprobs=1)) as steps:
                 async for progress in steps:
                     computed.append(progress.num_computed_tokens)
                     if progress.first_tokens is not None:
@@ -123,17 +122,13 @@ def test_prefill_when_left_early_frees_its_blocks(make_core: MakeCore, monkeypat
     async def main() -> None:
         gate = Gate(core, monkeypatch)
         async with Engine(core, max_num_requests=1) as engine:
-            steps = engine.prefill(make_request())
-            first = asyncio.ensure_future(anext(steps))
-            await gate.wait_step()
-            assert engine.stats().blocks_owned == 3
-            for _ in range(num_events):
-                gate.step()
-                assert (await first).first_tokens is None
-                first = asyncio.ensure_future(anext(steps))
+            async with engine.prefill(make_request()) as steps:
                 await gate.wait_step()
-            first.cancel()
-            await asyncio.wait([first])
+                assert engine.stats().blocks_owned == 3
+                for _ in range(num_events):
+                    gate.step()
+                    assert (await anext(steps)).first_tokens is None
+                    await gate.wait_step()
             gate.open()
             # Ids and room are there again, and the prompt is not computed any further.
             await settle(lambda: engine.stats().blocks_owned == 0)
@@ -146,8 +141,10 @@ def test_prefill_when_left_early_frees_its_blocks(make_core: MakeCore, monkeypat
 def test_prefill_when_iterated_to_its_end_frees_its_blocks(make_core: MakeCore) -> None:
     async def main() -> None:
         async with Engine(make_core(), max_num_requests=1) as engine:
-            events = [progress async for progress in engine.prefill(make_request())]
-            assert [event.first_tokens is not None for event in events] == [True]
+            async with engine.prefill(make_request()) as steps:
+                events = [progress async for progress in steps]
+                assert [event.first_tokens is not None for event in events] == [True]
+                assert engine.stats().blocks_owned == 3
             await settle(lambda: engine.stats().blocks_owned == 0)
 
     run(main)
@@ -157,22 +154,21 @@ def test_prefill_when_the_output_would_not_fit_here_computes_the_prompt_all_the_
     async def main() -> None:
         async with Engine(make_core(), max_num_requests=1) as engine:
             request = make_request(prompt=[1] * 255, max_tokens=200)
-            assert [progress.num_computed_tokens async for progress in engine.prefill(request)] == [255]
+            assert [progress.num_computed_tokens for progress in await _all(engine, request)] == [255]
             with pytest.raises(InvalidRequest, match="max_tokens"):
                 engine.reserve(make_request("another", prompt=[1] * 255, max_tokens=200), listener=Inbox().hear)
 
     run(main)
 
 
-def test_prefill_when_the_request_cannot_be_taken_raises_from_its_first_event(make_core: MakeCore) -> None:
+def test_prefill_when_the_request_cannot_be_taken_raises_at_once(make_core: MakeCore) -> None:
     async def main() -> None:
         async with Engine(make_core(), max_num_requests=1) as engine:
             with pytest.raises(InvalidRequest, match="prompt"):
-                await anext(engine.prefill(make_request(prompt=[1] * 256)))
-            async with aclosing(engine.prefill(make_request())) as steps:
-                await anext(steps)
+                await engine.prefill(make_request(prompt=[1] * 256)).__aenter__()
+            async with engine.prefill(make_request()):
                 with pytest.raises(QueueFull):
-                    await anext(engine.prefill(make_request("another")))
+                    await engine.prefill(make_request("another")).__aenter__()
 
     run(main)
 
@@ -183,7 +179,7 @@ def test_prefill_when_aborted_from_elsewhere_ends_without_first_tokens(make_core
     async def main() -> None:
         gate = Gate(core, monkeypatch)
         async with Engine(core, max_num_requests=1) as engine:
-            steps = asyncio.ensure_future(_all(engine.prefill(make_request())))
+            steps = asyncio.ensure_future(_all(engine, make_request()))
             await gate.wait_step()
             engine.abort("r")
             assert await steps == []
@@ -193,8 +189,9 @@ def test_prefill_when_aborted_from_elsewhere_ends_without_first_tokens(make_core
     run(main)
 
 
-async def _all(steps: Any) -> list[PrefillProgress]:
-    return [progress async for progress in steps]
+async def _all(engine: Engine, request: EngineRequest) -> list[PrefillProgress]:
+    async with engine.prefill(request) as steps:
+        return [progress async for progress in steps]
 
 
 def test_prefill_when_the_engine_ends_raises_engine_stopped(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +200,7 @@ def test_prefill_when_the_engine_ends_raises_engine_stopped(make_core: MakeCore,
     async def main() -> None:
         gate = Gate(core, monkeypatch)
         async with Engine(core, max_num_requests=1) as engine:
-            steps = asyncio.ensure_future(_all(engine.prefill(make_request())))
+            steps = asyncio.ensure_future(_all(engine, make_request()))
             await gate.wait_step()
             gate.fails = True
             gate.open()
