@@ -17,7 +17,7 @@ from services.engine.demo import TARGET_DIR
 from services.engine.model_config import load_model_config
 from services.kv_index.settings import KVIndexSettings
 from services.mesh.config import PREFIX, load_settings
-from services.mesh.redis_server import find_server
+from services.mesh.redis_server import server_command
 from services.mesh.server import ProcessSettings
 from services.router.settings import RouterSettings
 from services.tokenizer.checkpoint_dir import DEMO, resolve_checkpoint
@@ -179,12 +179,10 @@ def _extra_settings(settings: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def _redis(port: int, environ: Mapping[str, str]) -> ProcessSpec:
-    options = {"port": str(port), "bind": HOST, "save": "", "appendonly": "no", "daemonize": "no", "loglevel": "warning"}
-    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
     return ProcessSpec(
         name="redis",
         role="redis",
-        command=(str(find_server()), *arguments),
+        command=server_command(port),
         environment=_inherited(environ),
         is_serving=redis_probe(HOST, port),
     )

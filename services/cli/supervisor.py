@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,24 +19,13 @@ from typing import Self
 
 from services.cli.log_tail import last_lines
 from services.core.errors import PeerUnavailable
+from services.mesh.child_process import bound_to_parent
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 5.0
 STEADY_S = 30.0  # who has lived this long is not in a crash loop
 CRASH_LOOP = 5  # young deaths in a row
 PROBE_INTERVAL_S = 0.1
 SLOW_STOP_S = 1.0  # who takes longer is said to drain
-
-# Asks Linux to kill this process when the thread that started it ends, then becomes the command; elsewhere it only becomes the command.
-_LAUNCH = """
-import os, signal, sys
-if sys.platform == "linux":
-    import ctypes
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[1]):  # it died before we asked
-        sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,14 +183,15 @@ class Supervisor:
             if (words := death_notice(deaths, status, backoff_s)) is not None:
                 self._report(child.spec.name, words if deaths < CRASH_LOOP else f"{words}\n{_obituary(child, status)}")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), backoff_s)
+                async with asyncio.timeout(backoff_s):
+                    await self._stopping.wait()
 
     async def _run_once(self, child: _Child, started_at: float) -> int:
         spec = child.spec
         # The log goes on over restarts; the child has its own copy of the descriptor.
         with child.log.open("ab") as log:
             child.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *spec.command),
+                *bound_to_parent(spec.command),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

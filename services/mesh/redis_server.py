@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,22 +16,11 @@ from types import TracebackType
 from typing import IO
 
 from services.core.errors import ConfigurationError, PeerUnavailable
+from services.mesh.child_process import bound_to_parent
 
 START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 5.0
 _HOST = "127.0.0.1"
-
-# Asks Linux to kill this process when the one that started it dies, then becomes the server; elsewhere it only becomes the server.
-_LAUNCH = """
-import os, signal, sys
-if sys.platform == "linux":
-    import ctypes
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[1]):  # it died before we asked
-        sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 def find_server() -> Path:
@@ -49,6 +37,13 @@ def find_server() -> Path:
         return Path(get_binary_path())
     except ValkeyBinaryNotFoundError as error:
         raise ConfigurationError([f"redis: no redis-server or valkey-server on PATH, and {error}"]) from error
+
+
+def server_command(port: int) -> list[str]:
+    """The command line of a server on 127.0.0.1 that keeps nothing on disk and finds nothing there. Raises as find_server does."""
+    options = {"port": str(port), "bind": _HOST, "daemonize": "no", "loglevel": "warning", "save": "", "appendonly": "no"}
+    options["dbfilename"] = f"baton-{os.getpid()}-{port}.rdb"  # not one that another server left where we happen to be
+    return [str(find_server()), *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 
 class RedisServer:
@@ -82,14 +77,11 @@ class RedisServer:
         Raises PeerUnavailable with its last words when it does not, ConfigurationError when there is no such program.
         """
         assert self._process is None
-        program = find_server()
         self.port = self.port or _free_port()
+        command = server_command(self.port)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
-        options = {"port": str(self.port), "bind": _HOST, "daemonize": "no", "loglevel": "warning", "save": "", "appendonly": "no"}
-        options["dbfilename"] = f"baton-{os.getpid()}-{self.port}.rdb"  # not one that another server left where we happen to be
-        arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), str(program), *arguments],
+            bound_to_parent(command),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -101,7 +93,7 @@ class RedisServer:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 words = self._last_words()
                 self.kill()
-                raise PeerUnavailable(f"{program.name} did not start on port {self.port}: {words}")
+                raise PeerUnavailable(f"{Path(command[0]).name} did not start on port {self.port}: {words}")
             time.sleep(0.01)
 
     def stop(self) -> None:
