@@ -9,17 +9,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any
 
 import grpc
 import uvloop
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loadtest.micro.figure import Figure
 from loadtest.micro.index_replica import STAMPED
-from loadtest.micro.processes import START_TIMEOUT_S, service
+from loadtest.micro.processes import START_TIMEOUT_S, health_check_ms, service
 from protos.baton.v1 import common_pb2, kv_index_pb2, kv_index_pb2_grpc
 from services.mesh.client import open_channel
 from services.mesh.index_client import IndexPublisher
@@ -79,7 +78,7 @@ async def _measure(redis: RedisServer, address: str, runs: int) -> list[Figure]:
         epochs = itertools.count(1)
         for _ in range(runs):
             matches.append(await _match_ms(channel, prompt))
-            echoes.append(await _echo_ms(channel))
+            echoes.append(await health_check_ms(address, CALLS))
             with _replica(address) as replica:
                 await _publish_stamped(stamped)
                 epoch = next(epochs)
@@ -125,19 +124,10 @@ async def _match_ms(channel: grpc.aio.Channel, prompt: Sequence[bytes]) -> float
     request = kv_index_pb2.MatchRequest(hashes=b"".join(prompt))
     response = await stub.Match(request, timeout=5)
     assert response.matches[0].num_blocks > PROMPT_BLOCKS // 2, "the longest match is missing"
-    return await _median_ms(lambda: stub.Match(request, timeout=5))
-
-
-async def _echo_ms(channel: grpc.aio.Channel) -> float:
-    stub = health_pb2_grpc.HealthStub(channel)
-    return await _median_ms(lambda: stub.Check(health_pb2.HealthCheckRequest(), timeout=5))
-
-
-async def _median_ms(call: Callable[[], Awaitable[object]]) -> float:
     times = []
     for _ in range(CALLS):
         started = time.perf_counter()
-        await call()
+        await stub.Match(request, timeout=5)
         times.append(time.perf_counter() - started)
     return statistics.median(times) * 1e3
 

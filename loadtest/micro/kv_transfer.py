@@ -68,7 +68,6 @@ def _measure_block_size(block_bytes: int, runs: int) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {}
     num_blocks = POOL_BYTES // block_bytes
     with KVMemory(num_blocks, block_bytes) as memory, _sender_process(num_blocks, block_bytes) as sender:
-        memory.blocks.fill(1)  # so that every page exists
         asyncio.run(_Bench(memory, sender).measure(runs, rates))
     return rates
 

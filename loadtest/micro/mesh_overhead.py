@@ -1,7 +1,8 @@
 """`micro mesh-overhead`: how much of the time to a first token is not the model, on an idle mesh of real processes.
 
 From the timing record of each request: TTFT at the router minus the time inside the model for its prompt. Everything else is the mesh:
-tokenizing, routing, queues, hand-over between processes, scheduling and sampling, moving KV blocks, frames.
+tokenizing, routing, queues, hand-over between processes, scheduling and sampling, moving KV blocks, frames. Beside it stands what gRPC
+alone takes for the round trips that a request makes: a health check of each process that it passes.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import random
 import statistics
 
 from loadtest.micro.figure import Figure
-from loadtest.micro.processes import service, wait_for_workers
+from loadtest.micro.processes import health_check_ms, service, wait_for_workers
 from protos.baton.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from services.mesh import convert
 from services.mesh.client import open_channel
@@ -28,6 +29,7 @@ FIRST_WORD, VOCAB_SIZE = 300, 4096
 def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
     """Overheads of the two ways a prompt can take, and their stages."""
     overheads: dict[str, list[float]] = {way: [] for way in (ELSEWHERE, ON_DECODE)}
+    calls: dict[str, list[float]] = {way: [] for way in (ELSEWHERE, ON_DECODE)}
     timings: dict[str, list[inference_pb2.RequestTiming]] = {way: [] for way in (ELSEWHERE, ON_DECODE)}
     with contextlib.ExitStack() as stack:
         prefill = stack.enter_context(service("prefill", worker_id="prefill-0"))
@@ -43,6 +45,8 @@ def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
                 made = asyncio.run(_run(router.address, REQUESTS_PER_RUN))
                 timings[way] += made
                 overheads[way].append(statistics.median(timing.ttft_s - timing.model_s for timing in made) * 1e3)
+                crossed = (decode, prefill) if way == ELSEWHERE else (decode,)
+                calls[way].append(sum(asyncio.run(health_check_ms(to.address, REQUESTS_PER_RUN, pause_s=PAUSE_S)) for to in crossed))
     figures = []
     for way in overheads:
         figures.append(
@@ -51,6 +55,8 @@ def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
                 value=statistics.median(overheads[way]),
                 unit="ms",
                 runs=runs,
+                reference=statistics.median(calls[way]),
+                reference_name="health checks there and back",
                 target=6.0,
                 at_most=True,
                 on_ratio=False,

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import os
 import socket
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.baton.v1 import status_pb2, status_pb2_grpc
 from services.mesh.client import open_channel
@@ -62,6 +65,19 @@ async def wait_for_status(router: str, condition: Callable[[status_pb2.WatchStat
                     return
             call.cancel()
             await asyncio.sleep(0.1)
+
+
+async def health_check_ms(address: str, count: int, *, pause_s: float = 0.0) -> float:
+    """What a call costs that does next to nothing: the median of so many round trips, in milliseconds."""
+    times = []
+    async with open_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for _ in range(count + 1):  # the first one connects
+            await asyncio.sleep(pause_s)
+            started = time.perf_counter()
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=START_TIMEOUT_S)
+            times.append(time.perf_counter() - started)
+    return statistics.median(times[1:]) * 1e3
 
 
 def free_port() -> int:
