@@ -13,6 +13,7 @@
     │   ├── PeerUnavailable a service that this one needs cannot be reached, or stopped answering
     │   └── EngineStopped   the engine is closed or died
     ├── DeadlineExceeded    the caller's time is over
+    ├── SlowReader          the caller does not read its stream: too much waits for it
     ├── Incompatible        the two sides differ in model or KV layout; an operator must act
     ├── TransferFenced      a KV transfer was ended before all blocks had landed; another prefill may follow
     ├── ChecksumMismatch    a KV block arrived with other bytes than were sent; the prefill is repeated
@@ -120,6 +121,12 @@ class DeadlineExceeded(BatonError):
     """The caller's deadline has passed."""
 
     reason = "DEADLINE_EXCEEDED"
+
+
+class SlowReader(BatonError):
+    """More waits for the caller than is kept for one that does not read; nobody else can help it."""
+
+    reason = "SLOW_READER"
 
 
 class Incompatible(BatonError):

@@ -73,8 +73,9 @@ class PrefillClient:
         try:
             outcome = await self._call(start, candidate, transfer, block_ids, first_block)
         except BaseException as error:
-            fenced = await _fence(transfer)
-            raise PrefillFailed(num_landed=transfer.num_landed_leading, unfenced=None if fenced else transfer) from error
+            fenced, cancel = await _fence(transfer)
+            unfenced = None if fenced else transfer
+            raise PrefillFailed(num_landed=transfer.num_landed_leading, unfenced=unfenced) from cancel or error
         return outcome
 
     async def _call(
@@ -132,6 +133,8 @@ class PrefillClient:
         finally:
             call.cancel()
             landing.cancel()
+            if landing.done() and not landing.cancelled():
+                landing.exception()  # when call and connection break together, the call's error is the one that is told
         landed_s = time.perf_counter() - done_at
         return PrefillOutcome(
             first_tokens=tuple(_sampled_token(token) for token in done.first_tokens),
@@ -156,15 +159,16 @@ class PrefillClient:
         return prefill_pb2_grpc.PrefillServiceStub(channel)
 
 
-async def _fence(transfer: IncomingTransfer) -> bool:
-    """Waits for the fence even while being cancelled: blocks must not be reused before."""
+async def _fence(transfer: IncomingTransfer) -> tuple[bool, asyncio.CancelledError | None]:
+    """Waits for the fence even while being cancelled: blocks must not be reused before. Also returns the cancel that came meanwhile."""
     fence = asyncio.ensure_future(transfer.fence(FENCE_S))
+    cancel = None
     while not fence.done():
         try:
             await asyncio.shield(fence)
-        except asyncio.CancelledError:
-            continue
-    return fence.result()
+        except asyncio.CancelledError as error:
+            cancel = error
+    return fence.result(), cancel
 
 
 def _sampled_token(token: prefill_pb2.FirstToken) -> SampledToken:

@@ -19,6 +19,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._prefill = prefill
         self._transports = transports
         self._num_sessions = 0
+        self._sessions: set[RouterSession] = set()
+
+    async def wait_idle(self) -> None:
+        """Until every router has been sent all that was made for it."""
+        for session in list(self._sessions):
+            await session.wait_idle()
 
     async def Session(self, commands: AsyncIterator[decode_pb2.SessionCommand], context: Any) -> AsyncGenerator[decode_pb2.StepFrame, None]:
         first = await anext(aiter(commands), None)
@@ -33,9 +39,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         async with asyncio.TaskGroup() as tasks:
             session = RouterSession(worker, self._prefill, tasks, name=name)
             reader = tasks.create_task(session.obey(commands))
+            self._sessions.add(session)
             try:
                 async for frame in session.frames():
                     yield frame
             finally:
+                self._sessions.discard(session)
                 reader.cancel()
                 session.close()

@@ -41,7 +41,7 @@ class RunningRequest:
     prompt_tokens: int
     open_choices: set[int]
     deadline: asyncio.TimerHandle | None = None
-    prefilling: asyncio.Task[None] | None = None  # while a peer computes the prompt
+    prefilling: asyncio.Task[None] | None = None  # while a peer computes the prompt, and until it is fenced
     prefilled: decode_pb2.Prefilled = field(default_factory=decode_pb2.Prefilled)
 
 
@@ -58,8 +58,16 @@ class RouterSession:
         self._last_handle = -1
         self._frame = FrameBuilder()
         self._wake = asyncio.Event()
+        self._written = asyncio.Event()  # a frame has been, or the session has ended
         self._ended = False
+        self._is_writing = self._is_cut_off = False
         self._load_sent_at = 0.0
+
+    async def wait_idle(self) -> None:
+        """Until there is no request, and nothing that the router has not been sent; or until the session has ended."""
+        while not self._ended and (self._by_handle or self._is_writing or not self._frame.is_empty):
+            self._written.clear()
+            await self._written.wait()
 
     async def obey(self, commands: AsyncIterator[decode_pb2.SessionCommand]) -> None:
         """Carries out the router's commands until it closes its side."""
@@ -75,6 +83,7 @@ class RouterSession:
         finally:
             self._ended = True
             self._wake.set()
+            self._written.set()
 
     async def frames(self) -> AsyncGenerator[decode_pb2.StepFrame, None]:
         """A frame whenever there is something to say, else one each HEARTBEAT_S; ends with the router's side."""
@@ -85,14 +94,15 @@ class RouterSession:
             except TimeoutError:
                 pass
             self._wake.clear()
-            if self._frame.num_tokens > MAX_UNREAD_TOKENS:
-                raise ResourceExhausted(f"{self._frame.num_tokens} tokens were not read; at most {MAX_UNREAD_TOKENS} are kept")
             now = time.monotonic()
             is_load_due = now - self._load_sent_at >= LOAD_INTERVAL_S
             if is_load_due:
                 self._load_sent_at = now
             if is_load_due or not self._frame.is_empty:
+                self._is_writing = True
                 yield self._frame.take(self._worker.load() if is_load_due else None)
+                self._is_writing = False
+                self._written.set()
 
     def close(self) -> None:
         """Aborts everything that still runs."""
@@ -108,7 +118,7 @@ class RouterSession:
             self._admit(start)
         except BatonError as error:
             self._last_handle = max(self._last_handle, start.handle)
-            self._end_with_error(start, error)
+            self._end_with_error(start, error, handle=start.handle)
 
     def _admit(self, start: decode_pb2.Start) -> None:
         sampling = convert.sampling_from_proto(start.sampling)
@@ -142,11 +152,12 @@ class RouterSession:
         self._fail(request, DeadlineExceeded(f"the deadline of {request.start.remaining_s:.3f} s has passed"))
 
     def _fail(self, request: RunningRequest, error: BaseException) -> None:
-        self._end_with_error(request.start, error)
+        # The first choice may have ended: the router has forgotten its handle.
+        self._end_with_error(request.start, error, handle=request.start.handle + min(request.open_choices))
         self._drop(request)
 
-    def _end_with_error(self, start: decode_pb2.Start, error: BaseException) -> None:
-        self._frame.add_error(start.handle, status.to_proto(error, start.request_id))
+    def _end_with_error(self, start: decode_pb2.Start, error: BaseException, *, handle: int) -> None:
+        self._frame.add_error(handle, status.to_proto(error, start.request_id))
         self._wake.set()
 
     def _forget(self, request: RunningRequest) -> None:
@@ -172,9 +183,16 @@ class RouterSession:
                 self._hear_reserved(event)
             elif not isinstance(event, PrefillProgress):
                 for request in list(self._by_handle.values()):
-                    self._end_with_error(request.start, event)
-                    self._forget(request)
+                    self._fail(request, event)
         self._wake.set()
+        if self._frame.num_tokens > MAX_UNREAD_TOKENS and not self._is_cut_off:
+            # Not where frames are made: that stands still in the write that the router does not take.
+            self._is_cut_off = True
+            self._tasks.create_task(self._cut_off(self._frame.num_tokens))
+
+    async def _cut_off(self, num_tokens: int) -> None:
+        """Ends the session by failing in its task group."""
+        raise ResourceExhausted(f"{num_tokens} tokens were not read; at most {MAX_UNREAD_TOKENS} are kept")
 
     def _hear_token(self, event: TokenEvent) -> None:
         request = self._by_engine_id.get(event.request_id)
@@ -206,12 +224,20 @@ class RouterSession:
             self._worker.engine.compute_here(request.engine_id, num_landed_tokens=event.num_cached_tokens)
             return
         request.prefilling = self._tasks.create_task(self._prefill_elsewhere(request, event))
+        request.prefilling.add_done_callback(lambda task: self._abort_if_cancelled(request, task))
+
+    def _abort_if_cancelled(self, request: RunningRequest, prefilling: asyncio.Task[None]) -> None:
+        """Frees what a cancelled prefill held; here, for a task that is cancelled before its first step has no `finally`."""
+        if prefilling.cancelled():
+            self._worker.engine.abort(request.engine_id)
 
     async def _prefill_elsewhere(self, request: RunningRequest, reserved: Reserved) -> None:
-        """Tries the candidates in order; what none of them could do is computed here. Cancelled, it frees the request."""
+        """Tries the candidates in order; what none of them could do is computed here. Cancelled, it leaves nobody who may still write."""
         engine, block_size = self._worker.engine, self._worker.block_size
         first_block = reserved.num_cached_tokens // block_size
         for attempt, candidate in enumerate(request.start.candidates, start=1):
+            if first_block == len(reserved.block_ids):
+                break  # all blocks came, and no first token
             request.prefilled.prefill_attempts = attempt
             try:
                 outcome = await self._prefill.run(request.start, candidate, reserved.block_ids[first_block:], first_block=first_block)
@@ -225,7 +251,6 @@ class RouterSession:
                     request.prefilling = None
                     return
                 if is_cancelled:
-                    engine.abort(request.engine_id)
                     raise asyncio.CancelledError from failure
                 first_block += failure.num_landed
                 if isinstance(cause, InvalidRequest) or not isinstance(cause, BatonError):
@@ -234,11 +259,15 @@ class RouterSession:
                     return
                 _log.warning("prefill on %s failed: %s", candidate.worker_id, cause.message, extra={"request_id": request.start.request_id})
                 continue
+            try:
+                engine.landed(request.engine_id, outcome.first_tokens)
+            except InvalidRequest as error:
+                _log.warning("%s gave a result that cannot be: %s", candidate.worker_id, error.message)
+                continue
             request.prefilling = None
             request.prefilled.MergeFrom(outcome.facts)
             self._worker.kv_bytes_received += outcome.facts.kv_bytes
-            self._frame.add_prefilled(request.prefilled)
-            engine.landed(request.engine_id, outcome.first_tokens)
+            self._frame.add_prefilled(request.prefilled)  # before the tokens, which the engine tells later
             return
         request.prefilling = None
         engine.compute_here(request.engine_id, num_landed_tokens=first_block * block_size)

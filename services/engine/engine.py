@@ -4,6 +4,7 @@
     submit, reserve, prefill ─ command ─▶ inbox ─▶ core.add
     landed, compute_here, …  ─ command ─▶ inbox ─▶ core.landed, …
     listeners ◀────── one wake-up per step ─────── core.step ── events, changes of the prefix cache
+        ◀── first tokens that came with the blocks, from the loop itself
 
 A request whose prompt another engine computes is reserved here, and computed there by prefill(); somebody else copies the blocks.
 
@@ -32,13 +33,14 @@ from services.engine.sequence import EngineRequest, Purpose
 from services.engine.stats import EngineStats
 
 _log = logging.getLogger(__name__)
-Command = Callable[[], Sequence[Event] | None]
+Command = Callable[[], object]
 
 
 class Engine:
     """`async with Engine(core) as engine`. Leaving closes it: running requests end with EngineStopped.
 
-    A listener is called on the loop, once for each step that made events for its requests, never from inside a call of this class. Its
+    A listener is called on the loop, once for each step that made events for its requests and once for each landed(), never from inside
+    a call of this class. Its
     last event is EngineStopped if the engine ends while it has requests. It must not raise.
     """
 
@@ -54,6 +56,7 @@ class Engine:
         self._aborting: set[str] = set()
         self._quarantined: set[int] = set()
         self._stopped: EngineStopped | None = None
+        self._failed = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     async def __aenter__(self) -> Self:
@@ -75,6 +78,10 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         return self._core.vocab_size
+
+    async def wait_failed(self) -> None:
+        """Returns when the engine thread has died, and every request has been told."""
+        await self._failed.wait()
 
     def submit(self, request: EngineRequest, *, listener: Listener | None = None) -> None:
         """Takes a request in; its events go to the listener, or come from stream().
@@ -138,10 +145,7 @@ class Engine:
             events = self._core.first_events(opened.request, tokens, cached_tokens=reserved.num_cached_tokens)
             self._loop.call_soon(self._delivery.deliver, events)
 
-            def land() -> None:
-                self._core.landed(request_id, tokens)
-
-            self._inbox.put(land)
+            self._inbox.put(lambda: self._core.landed(request_id, tokens))
 
     def compute_here(self, request_id: str, *, num_landed_tokens: int = 0) -> None:
         """Computes a reserved prompt here after all, from the last block that has landed whole. Nobody may write there any more.
@@ -230,11 +234,10 @@ class Engine:
         except Exception:
             # Whatever broke, no request may hang: they all learn that the engine is gone, and the details stay in the log.
             _log.exception("the engine thread died")
-            self._loop.call_soon_threadsafe(self._end, EngineStopped("the engine failed"))
+            self._loop.call_soon_threadsafe(self._fail)
 
     def _obey(self, *, wait: bool) -> bool:
         """Carries out all commands that have come in, waiting for one if there is nothing else to do. False: stop."""
-        events: list[Event] = []
         goes_on = True
         while goes_on:
             try:
@@ -244,9 +247,9 @@ class Engine:
             if command is None:
                 goes_on = False
             else:
-                events += command() or ()
+                command()
             wait = False
-        self._post(events)
+        self._post(())
         return goes_on
 
     def _post(self, events: Sequence[Event]) -> None:
@@ -259,6 +262,10 @@ class Engine:
         self._delivery.deliver(events)
         if self._on_blocks and (stored or removed):
             self._on_blocks(stored, removed)
+
+    def _fail(self) -> None:
+        self._end(EngineStopped("the engine failed"))
+        self._failed.set()
 
     def _end(self, reason: EngineStopped) -> None:
         self._stopped = self._stopped or reason

@@ -34,7 +34,7 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
         )
         withdraw = await stack.enter_async_context(announced(settings, record))
         await server.set_serving(True)
-        await stop.wait()
+        await worker.wait_stop(stop)
         worker.draining = True
         await withdraw()
         await server.drain(worker.wait_idle)

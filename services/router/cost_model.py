@@ -307,7 +307,9 @@ class WorkerCosts:
         shape = self._model.prefill
         # The shape is the typical worker's: a slow worker's seconds are brought to its scale first.
         shape.observe(new_tokens, cached_tokens, seconds / self.prefill.relative(row))
-        self.prefill.observe(row, seconds / shape.seconds(new_tokens, cached_tokens), now_s)
+        expected_s = shape.seconds(new_tokens, cached_tokens)
+        if expected_s > 0.0:  # a fit may have lost all terms that this work has
+            self.prefill.observe(row, seconds / expected_s, now_s)
 
     def observe_steps(self, row: int, *, running: float, used_blocks: float, total_blocks: float, seconds: float, now_s: float) -> None:
         """Decode steps of about `running` sequences took `seconds` each."""
@@ -315,7 +317,9 @@ class WorkerCosts:
             return
         shape = self._model.step
         shape.observe(running, used_blocks, total_blocks, seconds / self.step.relative(row))
-        self.step.observe(row, seconds / shape.seconds(running, used_blocks, total_blocks), now_s)
+        expected_s = shape.seconds(running, used_blocks, total_blocks)
+        if expected_s > 0.0:
+            self.step.observe(row, seconds / expected_s, now_s)
 
     def observe_transfer(self, row: int, *, num_blocks: int, seconds: float, tail_s: float, now_s: float) -> None:
         """Blocks came in over `seconds`, the last `tail_s` of them after the prompt had been computed."""

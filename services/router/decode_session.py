@@ -14,15 +14,18 @@ from typing import NamedTuple
 import grpc
 
 from protos.baton.v1 import common_pb2, decode_pb2, decode_pb2_grpc
-from services.core.errors import BatonError, PeerUnavailable
+from services.core.errors import BatonError, PeerUnavailable, SlowReader
 from services.core.types import FinishReason, TokenLogprobs
 from services.mesh import convert, status
 from services.mesh.client import open_channel
 from services.mesh.streams import HEARTBEAT_S, SILENCE_S
 
 RECONNECT_S = 0.2
+# Arrivals that wait for a client which does not read; each has a token or more.
+MAX_UNREAD_ARRIVALS = 1 << 14
 
 _log = logging.getLogger(__name__)
+_Call = grpc.aio.StreamStreamCall[decode_pb2.SessionCommand, decode_pb2.StepFrame]
 _make_tuple = tuple.__new__  # of a NamedTuple, without the function that it would call for that
 
 
@@ -43,6 +46,7 @@ class RequestStream:
         self._next_position = [prompt_tokens] * num_choices
         self._arrivals: list[Arrival] = []
         self._error: BatonError | None = None
+        self.on_slow_reader: Callable[[], None] = _do_nothing
         self._loop = asyncio.get_running_loop()
         self._reader: asyncio.Future[None] | None = None  # waits; an Event would do the same at twice the price
 
@@ -64,9 +68,9 @@ class RequestStream:
         logprobs: Sequence[TokenLogprobs] = (),
         finish_reason: FinishReason | None = None,
     ) -> None:
-        """Takes the next tokens of a choice. A gap would be a wrong answer, so it ends the attempt."""
-        if first_position != self._next_position[choice]:
-            self._fail_at(choice, first_position)
+        """Takes the next tokens of a choice. A gap would be a wrong answer, so it ends the attempt; so does a client that does not read."""
+        if first_position != self._next_position[choice] or len(self._arrivals) >= MAX_UNREAD_ARRIVALS:
+            self._refuse(choice, first_position)
             return
         self._next_position[choice] += len(token_ids)
         self._arrivals.append(Arrival(choice, token_ids, logprobs, finish_reason))
@@ -75,8 +79,8 @@ class RequestStream:
     def push_token(self, choice: int, position: int, token_id: int) -> None:
         """push() of one token and nothing else, in half the time: what nearly all tokens are."""
         next_position = self._next_position
-        if position != next_position[choice]:
-            self._fail_at(choice, position)
+        if position != next_position[choice] or len(self._arrivals) >= MAX_UNREAD_ARRIVALS:
+            self._refuse(choice, position)
             return
         next_position[choice] = position + 1
         self._arrivals.append(_make_tuple(Arrival, (choice, (token_id,), (), None)))
@@ -97,8 +101,13 @@ class RequestStream:
             self._error = error
             self._wake()
 
-    def _fail_at(self, choice: int, position: int) -> None:
-        self.fail(PeerUnavailable(f"choice {choice} goes on at position {position}, not {self._next_position[choice]}"))
+    def _refuse(self, choice: int, position: int) -> None:
+        """Ends the attempt, and says why."""
+        if len(self._arrivals) >= MAX_UNREAD_ARRIVALS:
+            self.fail(SlowReader(f"{len(self._arrivals)} pieces were not read; at most {MAX_UNREAD_ARRIVALS} are kept"))
+            self.on_slow_reader()
+        else:
+            self.fail(PeerUnavailable(f"choice {choice} goes on at position {position}, not {self._next_position[choice]}"))
 
     def _wake(self) -> None:
         reader, self._reader = self._reader, None
@@ -106,8 +115,12 @@ class RequestStream:
             reader.set_result(None)
 
 
+def _do_nothing() -> None:
+    pass
+
+
 class DecodeSession:
-    """One worker at `address`. run() keeps the session; `welcome` is None while there is none."""
+    """One worker at `address`. run() keeps the session; `is_up` says whether there is one."""
 
     def __init__(
         self,
@@ -141,8 +154,12 @@ class DecodeSession:
                     error: BatonError = PeerUnavailable(f"{self._address} ended the session")
                 except grpc.aio.AioRpcError as rpc_error:
                     error = status.from_rpc_error(rpc_error, self._address)
-                except PeerUnavailable as silence:
-                    error = silence
+                except BatonError as failure:
+                    error = failure
+                except Exception:
+                    # Whatever a worker sends, it costs its own session and not the router.
+                    _log.exception("the session with %s failed", self._address)
+                    error = PeerUnavailable(f"the session with {self._address} failed")
                 finally:
                     was_up = self.is_up
                     self._lose(PeerUnavailable(f"the session with {self._address} has ended"))
@@ -164,13 +181,16 @@ class DecodeSession:
         start.handle = handle
         for choice in range(num_choices):
             self._streams[handle + choice] = (stream, choice)
+        stream.on_slow_reader = lambda: self.cancel(handle, stream, num_choices)
         self._commands.put_nowait(decode_pb2.SessionCommand(start=start))
         return handle
 
-    def cancel(self, handle: int, num_choices: int) -> None:
-        """Ends a request, wherever it is; does nothing for one that has ended."""
-        open_choices = [choice for choice in range(num_choices) if self._streams.pop(handle + choice, None) is not None]
-        if open_choices and self.is_up:
+    def cancel(self, handle: int, stream: RequestStream, num_choices: int) -> None:
+        """Ends a request, wherever it is; does nothing for one that has ended, or whose session has: its handle may be another's by now."""
+        handles = [handle + choice for choice in range(num_choices) if self._streams.get(handle + choice) == (stream, choice)]
+        for open_handle in handles:
+            del self._streams[open_handle]
+        if handles and self.is_up:
             self._commands.put_nowait(decode_pb2.SessionCommand(cancel=decode_pb2.Cancel(handle=handle)))
 
     async def _hold(self, stub: decode_pb2_grpc.DecodeServiceStub) -> None:
@@ -181,19 +201,25 @@ class DecodeSession:
         try:
             await call.write(decode_pb2.SessionCommand(hello=decode_pb2.SessionHello(router_id=self._router_id)))
             self._heard_at = time.monotonic()
-            async with asyncio.TaskGroup() as tasks:
-                others = [tasks.create_task(self._write(call)), tasks.create_task(self._watch_silence())]
-                async for frame in call:
-                    self._heard_at = time.monotonic()
-                    self._take(frame)
-                for other in others:
-                    other.cancel()
-        except ExceptionGroup as group:
-            if (task := asyncio.current_task()) is not None and task.cancelling():
-                raise asyncio.CancelledError from None  # a group with errors of its own swallows the cancel
-            raise group.exceptions[0] from None  # a broken stream fails reader and writer alike
+            # Not a task group: in Python 3.11 one whose task fails while its body ends leaves this task cancelled for good.
+            tasks = [asyncio.ensure_future(part) for part in (self._read(call), self._watch_silence(), self._write(call))]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+            # A broken stream fails reader and writer alike; the reader knows why.
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result
         finally:
             call.cancel()
+
+    async def _read(self, call: "_Call") -> None:
+        async for frame in call:
+            self._heard_at = time.monotonic()
+            self._take(frame)
 
     async def _watch_silence(self) -> None:
         # Beside the reader, not around each of its frames: a hundred of them come in a second, from every worker.
@@ -202,9 +228,13 @@ class DecodeSession:
             if time.monotonic() - self._heard_at > SILENCE_S:
                 raise PeerUnavailable(f"{self._address} has said nothing for {SILENCE_S} s")
 
-    async def _write(self, call: "grpc.aio.StreamStreamCall[decode_pb2.SessionCommand, decode_pb2.StepFrame]") -> None:
+    async def _write(self, call: "_Call") -> None:
         while True:
-            await call.write(await self._commands.get())
+            command = await self._commands.get()
+            try:
+                await call.write(command)
+            except asyncio.InvalidStateError:
+                raise PeerUnavailable(f"{self._address} ended the session") from None
 
     def _take(self, frame: decode_pb2.StepFrame) -> None:
         if frame.HasField("hello"):
@@ -217,10 +247,10 @@ class DecodeSession:
                 known[0].prefilled = prefilled
         endings = {ending.handle: ending for ending in frame.endings}
         if frame.handles:
+            if not len(frame.handles) == len(frame.positions) == len(frame.token_ids) or len(frame.handles) % 4:
+                raise PeerUnavailable(f"{self._address} sent a frame whose columns are not whole or differ in length")
             handles, positions = convert.unpack_u32(frame.handles), convert.unpack_u32(frame.positions)
             token_ids = convert.unpack_u32(frame.token_ids)
-            if not len(handles) == len(positions) == len(token_ids):
-                raise PeerUnavailable(f"{self._address} sent a frame whose columns differ in length")
             if endings or frame.logprobs or len(set(handles)) < len(handles):
                 logprobs = {entry.entry: convert.logprobs_from_proto(entry.logprobs) for entry in frame.logprobs}
                 self._take_runs(handles, positions, token_ids, logprobs, endings)

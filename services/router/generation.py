@@ -16,6 +16,7 @@ from protos.baton.v1 import common_pb2, decode_pb2, inference_pb2
 from services.core.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    PeerUnavailable,
     ResourceExhausted,
     Unavailable,
 )
@@ -107,10 +108,16 @@ class Generator:
         """
         run = _Run(request, self._tokenizer, self._members.require_identity(), router_id=self._router_id)
         failed_on: list[str] = []
+        last_failure: Unavailable | ResourceExhausted | None = None
         with self._counted(run), self._admission.enter():
             while not run.is_finished:
                 fleet = self._members.require_fleet()
-                route = self._route(run, fleet, excluded=failed_on)
+                try:
+                    route = self._route(run, fleet, excluded=failed_on)
+                except PeerUnavailable:
+                    if last_failure is not None:  # nobody is left to try: what the last one said is the reason
+                        raise last_failure from None
+                    raise
                 run.attempts += 1
                 try:
                     with self._started(run, fleet, route) as (stream, item):
@@ -121,8 +128,9 @@ class Generator:
                             for arrival in arrivals:
                                 if (delta := run.take(arrival)) is not None:
                                     yield delta
-                except (Unavailable, ResourceExhausted):
+                except (Unavailable, ResourceExhausted) as failure:
                     # Another worker may do it, unless text has been shown.
+                    last_failure = failure
                     failed_on.append(route.decode_worker_id)
                     if run.completion_tokens or run.attempts >= MAX_ATTEMPTS:
                         raise
@@ -204,7 +212,7 @@ class Generator:
             raise
         finally:
             if handle is not None:
-                session.cancel(handle, num_choices)
+                session.cancel(handle, stream, num_choices)
             if run.is_finished:
                 fleet.finished(item, time.monotonic(), output_tokens=run.completion_tokens)
             else:
@@ -237,6 +245,7 @@ class Generator:
         cached_tokens = facts.prefill_cached_tokens if is_remote else facts.decode_cached_tokens
         outcome = PrefillOutcome(
             worker_id=facts.prefill_worker_id or route.decode_worker_id,
+            decode_queue_s=facts.decode_queue_s,
             queue_s=facts.prefill_queue_s,
             prefill_s=facts.prefill_s,
             new_tokens=prompt_tokens - cached_tokens,

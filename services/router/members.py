@@ -192,15 +192,15 @@ class Members:
 
     def _adopt(self, identity: common_pb2.ModelIdentity) -> None:
         """Serves this model from now on. The fleet's learnt costs go on when it is the same one."""
-        if self.identity is not None and convert.first_difference(self.identity, identity) is None:
-            return
-        _log.info("serving %s, blocks of %d tokens", identity.model_name, identity.block_size)
-        self.identity = identity
-        self.fleet = Fleet(
-            layout_fingerprint=identity.layout_fingerprint,
-            block_size=identity.block_size,
-            model=CostModel.learnt(block_bytes=identity.block_bytes),
-        )
+        if self.identity is None or convert.first_difference(self.identity, identity) is not None:
+            _log.info("serving %s, blocks of %d tokens", identity.model_name, identity.block_size)
+            self.identity = identity
+            self.fleet = Fleet(
+                layout_fingerprint=identity.layout_fingerprint,
+                block_size=identity.block_size,
+                model=CostModel.learnt(block_bytes=identity.block_bytes),
+            )
+        # Those that were met while there was nobody to say what is served.
         for member in self._members.values():
             if member.worker is not None:
                 self._join(member)

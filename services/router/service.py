@@ -27,10 +27,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._tokenizer = tokenizer
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        received_at = time.perf_counter()
+        received_at, remaining_s = time.perf_counter(), context.time_remaining()
         identity = self._identity(request.model)
         prompt = await self._prompt_ids(request.prompt)
-        remaining_s = context.time_remaining()
         generation = GenerationRequest(
             request_id=logs.request_id.get(),
             prompt_token_ids=prompt,

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 from protos.baton.v1 import common_pb2
-from services.core.errors import InvalidRequest
+from services.core.errors import EngineStopped, InvalidRequest
 from services.engine.demo import TARGET_DIR
 from services.engine.engine import Engine
 from services.engine.loader import LoadedModel, load_model
@@ -95,6 +95,17 @@ class Worker:
         for task in self._lifting:
             task.cancel()
         await asyncio.gather(*self._lifting, return_exceptions=True)
+
+    async def wait_stop(self, stop: asyncio.Event) -> None:
+        """Returns when `stop` is set. Raises EngineStopped when the engine has failed: the next start of this process has another one."""
+        waits = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(self.engine.wait_failed())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if not stop.is_set():
+            raise EngineStopped("the engine failed")
 
     async def wait_idle(self) -> None:
         """Until the engine has nothing to do for anybody."""
