@@ -17,9 +17,10 @@ import grpc
 import uvloop
 
 from loadtest.micro.figure import Figure
-from loadtest.micro.processes import Service, service, wait_for_workers
+from loadtest.micro.processes import START_TIMEOUT_S, Service, service, wait_for_workers
 from protos.baton.v1 import common_pb2, decode_pb2, inference_pb2, inference_pb2_grpc
 from services.mesh import convert
+from services.mesh.child_process import bound_to_parent
 from services.mesh.client import open_channel
 from services.router.decode_session import DecodeSession, RequestStream
 
@@ -84,7 +85,8 @@ async def _through_frames(address: str) -> float:
 
     running = asyncio.ensure_future(session.run())
     try:
-        await up.wait()
+        async with asyncio.timeout(START_TIMEOUT_S):
+            await up.wait()
         started = time.perf_counter()
         readers = []
         for _ in range(REQUESTS):
@@ -139,7 +141,7 @@ async def _router_cost(router: Service) -> tuple[float, int]:
 
 @contextlib.contextmanager
 def _source(step_ms: int) -> Iterator[str]:
-    command = [sys.executable, "-m", "loadtest.micro.token_source", str(step_ms)]
+    command = bound_to_parent([sys.executable, "-m", "loadtest.micro.token_source", str(step_ms)])
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout

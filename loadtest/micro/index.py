@@ -20,6 +20,7 @@ from loadtest.micro.figure import Figure
 from loadtest.micro.index_replica import STAMPED
 from loadtest.micro.processes import START_TIMEOUT_S, health_check_ms, service
 from protos.baton.v1 import common_pb2, kv_index_pb2, kv_index_pb2_grpc
+from services.mesh.child_process import bound_to_parent
 from services.mesh.client import open_channel
 from services.mesh.index_client import IndexPublisher
 from services.mesh.redis_server import RedisServer
@@ -134,7 +135,7 @@ async def _match_ms(channel: grpc.aio.Channel, prompt: Sequence[bytes]) -> float
 
 @contextlib.contextmanager
 def _replica(address: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "loadtest.micro.index_replica", address]
+    command = bound_to_parent([sys.executable, "-m", "loadtest.micro.index_replica", address])
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "synchronized\n"

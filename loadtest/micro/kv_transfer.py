@@ -23,7 +23,9 @@ import numpy as np
 
 from loadtest.micro.figure import Figure
 from loadtest.micro.kv_transfer_sender import LAYOUT
+from loadtest.micro.processes import START_TIMEOUT_S
 from protos.baton.v1 import prefill_pb2, prefill_pb2_grpc
+from services.mesh.child_process import bound_to_parent
 from services.mesh.kv_transport import KVMemory, KVReceiver
 
 POOL_BYTES = 512 << 20
@@ -61,7 +63,13 @@ def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
             for transport, reference, reference_name, target in rows
         ]
         figures.append(Figure(name=f"checksum, {name}", value=medians["checksum"], unit="GB/s", runs=runs))
-    return figures, {"pool": f"{POOL_BYTES >> 20} MiB", "checksum": "xxh3_64", "python": sys.version.split()[0], "numpy": np.__version__}
+    return figures, {
+        "pool": f"{POOL_BYTES >> 20} MiB",
+        "checksum": "xxh3_64",
+        "threads": "2 copy over shm, 1 in memcpy",
+        "python": sys.version.split()[0],
+        "numpy": np.__version__,
+    }
 
 
 def _measure_block_size(block_bytes: int, runs: int) -> dict[str, list[float]]:
@@ -112,7 +120,7 @@ class _Sender:
 
 @contextlib.contextmanager
 def _sender_process(num_blocks: int, block_bytes: int) -> Iterator[_Sender]:
-    command = [sys.executable, "-m", "loadtest.micro.kv_transfer_sender", str(num_blocks), str(block_bytes)]
+    command = bound_to_parent([sys.executable, "-m", "loadtest.micro.kv_transfer_sender", str(num_blocks), str(block_bytes)])
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield _Sender(process)
@@ -180,6 +188,7 @@ class _Bench:
 
     def _bare_tcp(self) -> float:
         with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(START_TIMEOUT_S)
             self._sender.begin("bare tcp", port=listener.getsockname()[1], source_ids=self._shuffled())
             sock, _ = listener.accept()
         with sock:

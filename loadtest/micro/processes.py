@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.baton.v1 import status_pb2, status_pb2_grpc
+from services.mesh.child_process import bound_to_parent
 from services.mesh.client import open_channel
 
 START_TIMEOUT_S = 60.0
@@ -41,7 +42,9 @@ def service(name: str, **settings: object) -> Iterator[Service]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("BATON_")}
     environment |= {f"BATON_{key.upper()}": str(value) for key, value in settings.items()}
     environment |= {"BATON_LISTEN": address, "BATON_LOG_LEVEL": "WARNING"}
-    with subprocess.Popen([sys.executable, "-m", f"services.{name}"], env=environment, stderr=subprocess.DEVNULL) as process:
+    command = bound_to_parent([sys.executable, "-m", f"services.{name}"])
+    # In a group of its own: Ctrl-C is for the benchmark, which ends it.
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0) as process:
         try:
             yield Service(address=address, pid=process.pid)
         finally:

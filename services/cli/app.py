@@ -32,6 +32,9 @@ def main() -> None:
         _fail(error, status=2)
     except BatonError as error:
         _fail(error, status=1)
+    except UnicodeEncodeError:
+        print("error: the prompt or an option is not valid UTF-8", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

@@ -31,6 +31,8 @@ SETTINGS: Mapping[str, type[ProcessSettings]] = {
     "prefill": WorkerSettings,
     "kv_index": KVIndexSettings,
 }
+# These make one mesh of the processes; who wants others starts them by themselves.
+OWN_SETTINGS = {"listen", "worker_id", "router_id", "redis_url", "kv_index", "workers"}
 MAX_PROCESSES = 64  # of each role: a slip of the finger should not cost the machine
 
 
@@ -169,6 +171,10 @@ def _extra_settings(settings: Sequence[str]) -> dict[str, dict[str, str]]:
             problems.append(f"--set {setting}: is not name=value or role.name=value")
         elif has_role and role not in SETTINGS:
             problems.append(f"--set {setting}: {role!r} is not one of {', '.join(SETTINGS)}")
+        elif name in OWN_SETTINGS:
+            problems.append(f"--set {setting}: {name} is set by `baton up` itself")
+        elif name == "namespace" and has_role:
+            problems.append(f"--set {setting}: all of a mesh have one namespace")
         elif not roles:
             problems.append(f"--set {setting}: no such setting of {role or 'any process'}")
         for known in roles:

@@ -27,15 +27,16 @@ async def _run(plan: MeshPlan, log_dir: Path, board: StartBoard, work: Callable[
     supervisor = Supervisor(plan.specs, stages=STAGES, log_dir=log_dir, report=board.report, stop_timeout_s=plan.stop_timeout_s)
     this_task = asyncio.current_task()
     assert this_task is not None
-    is_interrupted = False
+    is_interrupted = is_stopping = False
 
     def on_signal() -> None:
         nonlocal is_interrupted
         if is_interrupted:
             supervisor.kill()
-        else:
-            is_interrupted = True
-            board.say("stopping; a second signal kills")
+            return
+        is_interrupted = True
+        board.say("stopping; a second signal kills")
+        if not is_stopping:
             this_task.cancel()
 
     loop = asyncio.get_running_loop()
@@ -51,7 +52,10 @@ async def _run(plan: MeshPlan, log_dir: Path, board: StartBoard, work: Callable[
                 for router in plan.routers:
                     await wait_workers_up(router, plan.worker_ids, board.report)
             supervisor.keep_alive()
-            await work()
+            try:
+                await work()
+            finally:
+                is_stopping = True
     except asyncio.CancelledError:
         if not is_interrupted:
             raise

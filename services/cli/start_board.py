@@ -45,11 +45,15 @@ class StartBoard:
         """Something has happened to a process."""
         self._words[name] = words
         if self._live is None:
-            self._console.print(f"{time.strftime('%H:%M:%S')}  {name:<{self._width}}  {words}", markup=False, highlight=False)
+            self._print(f"{time.strftime('%H:%M:%S')}  {name:<{self._width}}  {words}")
 
     def say(self, words: str) -> None:
         """Something that is about no process, on a line of its own."""
-        self._console.print(f"\n{words}", markup=False)
+        self._print(f"\n{words}")
+
+    def _print(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal was closed: what is said must not keep the mesh from stopping
+            self._console.print(line, markup=False, highlight=False)
 
     def _view(self, spinner: Spinner) -> RenderableType:
         table = Table.grid(padding=(0, 2))

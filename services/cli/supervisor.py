@@ -173,7 +173,13 @@ class Supervisor:
         """Runs a process and its successors until the supervisor stops."""
         while not self._stopping.is_set():
             started_at = time.monotonic()
-            status = await self._run_once(child, started_at)
+            try:
+                status = await self._run_once(child, started_at)
+            except OSError as error:  # no descriptor, no process, no log folder any more
+                if not self._keeps_alive:
+                    raise PeerUnavailable(f"{child.spec.name} cannot be started: {error}") from error
+                self._report(child.spec.name, f"cannot be started: {error}")
+                status = os.EX_OSERR
             if self._stopping.is_set():
                 return
             if not self._keeps_alive:
@@ -189,6 +195,7 @@ class Supervisor:
     async def _run_once(self, child: _Child, started_at: float) -> int:
         spec = child.spec
         # The log goes on over restarts; the child has its own copy of the descriptor.
+        child.log.parent.mkdir(parents=True, exist_ok=True)
         with child.log.open("ab") as log:
             child.process = await asyncio.create_subprocess_exec(
                 *bound_to_parent(spec.command),

@@ -41,7 +41,7 @@ def load_model(
     config = load_model_config(directory)
     generation = load_generation_defaults(directory, config)
     reader = WeightReader(directory)
-    dtype = choose_dtype(settings.dtype, config.dtype)
+    dtype = choose_dtype(settings.dtype)
     max_model_len = settings.max_model_len or config.context_tokens
     if max_model_len > config.context_tokens:
         raise InvalidRequest(
@@ -68,14 +68,11 @@ def load_model(
     return LoadedModel(core=core, config=config, generation=generation, dtype=dtype)
 
 
-def choose_dtype(requested: str, checkpoint_dtype: str) -> torch.dtype:
-    """The dtype of activations and KV. On the CPU only fp32, and bf16 where the processor has it, are worth computing in."""
-    if requested != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[requested]
-    if checkpoint_dtype == "bfloat16" and _has_bf16():
-        return torch.bfloat16
-    return torch.float32
+def choose_dtype(requested: str) -> torch.dtype:
+    """The dtype of activations and KV. On the CPU only fp32 keeps the tokens of a prompt apart from how it was cut and batched.
 
-
-def _has_bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    bf16 rounds away what sums in another order differ by, or does not: of 40 greedy prompts 10 gave other tokens warm than cold. Weights
+    keep the checkpoint's two bytes either way, and fp32 was the faster one even on a processor that multiplies bf16.
+    """
+    names = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return names[requested]

@@ -10,7 +10,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """
-    dtype                  of activations, keys and values; auto: the checkpoint's where the processor multiplies it natively, else float32
+    dtype                  of activations, keys and values; auto: float32, in which no speed-up changes a token
     max_model_len          longest sequence in tokens; None: what the checkpoint allows
     block_size             tokens per KV block
     kv_memory_bytes        size of the KV pool

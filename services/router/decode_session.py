@@ -140,6 +140,8 @@ class DecodeSession:
         self._commands: asyncio.Queue[decode_pb2.SessionCommand] = asyncio.Queue()
         self._handles = itertools.count()
         self._heard_at = 0.0
+        self._idle = asyncio.Event()  # set while no request is in it
+        self._idle.set()
         self.is_up = False
 
     async def run(self) -> None:
@@ -181,15 +183,21 @@ class DecodeSession:
         start.handle = handle
         for choice in range(num_choices):
             self._streams[handle + choice] = (stream, choice)
+        self._idle.clear()
         stream.on_slow_reader = lambda: self.cancel(handle, stream, num_choices)
         self._commands.put_nowait(decode_pb2.SessionCommand(start=start))
         return handle
+
+    async def wait_idle(self) -> None:
+        """Until no request is in this session."""
+        await self._idle.wait()
 
     def cancel(self, handle: int, stream: RequestStream, num_choices: int) -> None:
         """Ends a request, wherever it is; does nothing for one that has ended, or whose session has: its handle may be another's by now."""
         handles = [handle + choice for choice in range(num_choices) if self._streams.get(handle + choice) == (stream, choice)]
         for open_handle in handles:
             del self._streams[open_handle]
+        self._note_idle()
         if handles and self.is_up:
             self._commands.put_nowait(decode_pb2.SessionCommand(cancel=decode_pb2.Cancel(handle=handle)))
 
@@ -258,6 +266,8 @@ class DecodeSession:
                 self._take_step(handles, positions, token_ids)
         for handle, ending in endings.items():
             self._take_ending(handle, ending)
+        if frame.endings:
+            self._note_idle()
 
     def _take_step(self, handles: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]) -> None:
         """One token for each of many choices and nothing else: what nearly all frames are."""
@@ -311,11 +321,16 @@ class DecodeSession:
             del self._streams[other]
         stream.fail(status.from_proto(ending.error))
 
+    def _note_idle(self) -> None:
+        if not self._streams:
+            self._idle.set()
+
     def _lose(self, error: BatonError) -> None:
         if self.is_up:
             self.is_up = False
             self._on_lost()
         streams = {id(stream): stream for stream, _ in self._streams.values()}
         self._streams.clear()
+        self._note_idle()
         for stream in streams.values():
             stream.fail(error)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from protos.baton.v1 import common_pb2, decode_pb2, inference_pb2
 from services.core.errors import (
     DeadlineExceeded,
+    Draining,
     InvalidRequest,
     PeerUnavailable,
     ResourceExhausted,
@@ -99,13 +100,16 @@ class Generator:
         self._max_local_tokens = max_local_tokens
         self._spread = itertools.count()
         self._ended = asyncio.Event()  # a request has, since somebody began to wait
+        self.draining = False  # nothing new is accepted
         self.statistics = RouterStatistics()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta | Summary, None]:
         """Deltas as they come, then one Summary. Closing it early cancels the request everywhere.
 
-        Raises InvalidRequest, QueueFull, Overloaded, Unavailable, DeadlineExceeded.
+        Raises InvalidRequest, QueueFull, Overloaded, Unavailable, DeadlineExceeded, SlowReader.
         """
+        if self.draining:
+            raise Draining(f"{self._router_id} is draining")
         run = _Run(request, self._tokenizer, self._members.require_identity(), router_id=self._router_id)
         failed_on: list[str] = []
         last_failure: Unavailable | ResourceExhausted | None = None
@@ -127,6 +131,7 @@ class Generator:
                                 self._first_token(run, fleet, item, route, stream)
                             for arrival in arrivals:
                                 if (delta := run.take(arrival)) is not None:
+                                    self.statistics.output_tokens += len(delta.token_ids)
                                     yield delta
                 except (Unavailable, ResourceExhausted) as failure:
                     # Another worker may do it, unless text has been shown.
@@ -135,7 +140,7 @@ class Generator:
                     if run.completion_tokens or run.attempts >= MAX_ATTEMPTS:
                         raise
             summary = run.summary()
-            self._account(run, summary)
+            self._note_pace(run, summary)
             yield summary
 
     @contextlib.contextmanager
@@ -237,7 +242,7 @@ class Generator:
         )
 
     def _first_token(self, run: "_Run", fleet: Fleet, item: InFlight, route: Route, stream: RequestStream) -> None:
-        """Teaches the cost model, and the replica where it was wrong."""
+        """Teaches the cost model, and the replica where it was wrong; counts."""
         run.first_token_at = time.perf_counter()
         facts = run.prefilled = stream.prefilled or decode_pb2.Prefilled()
         prompt_tokens = len(run.request.prompt_token_ids)
@@ -255,6 +260,11 @@ class Generator:
             kv_blocks=facts.kv_blocks,
         )
         fleet.prefill_done(item, outcome, time.monotonic())
+        statistics = self.statistics
+        statistics.prompt_tokens += prompt_tokens
+        statistics.cached_tokens += cached_tokens
+        statistics.kv_bytes += facts.kv_bytes
+        statistics.ttft.add(run.first_token_at - run.request.received_at)
         self._correct(run, route.decode_worker_id, route.decode_cached_tokens, facts.decode_cached_tokens)
         predicted = dict(zip(route.prefill_worker_ids, route.prefill_cached_tokens, strict=True))
         if facts.prefill_worker_id in predicted:
@@ -270,17 +280,11 @@ class Generator:
         if missing:
             self._replica.index.disown(worker_id, missing)
 
-    def _account(self, run: "_Run", summary: Summary) -> None:
-        statistics = self.statistics
-        statistics.prompt_tokens += summary.prompt_tokens
-        statistics.cached_tokens += summary.cached_tokens
-        statistics.output_tokens += summary.completion_tokens
-        statistics.kv_bytes += run.prefilled.kv_bytes
-        timing = summary.timing
-        statistics.ttft.add(timing.ttft_s)
+    def _note_pace(self, run: "_Run", summary: Summary) -> None:
         if summary.completion_tokens > run.sampling.n:
             # Choices run side by side: tokens of one choice.
-            statistics.tpot.add((timing.total_s - timing.ttft_s) / (summary.completion_tokens / run.sampling.n - 1))
+            decode_s = summary.timing.total_s - summary.timing.ttft_s
+            self.statistics.tpot.add(decode_s / (summary.completion_tokens / run.sampling.n - 1))
 
 
 class _Run:

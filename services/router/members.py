@@ -121,9 +121,9 @@ class Members:
         assert self._tasks is not None
         for worker_id, member in list(self._members.items()):
             if records.get(worker_id) != member.record:
-                member.task.cancel()
                 self._disconnected(member)
                 del self._members[worker_id]
+                self._tasks.create_task(_part(member))
         for worker_id, record in records.items():
             if worker_id not in self._members:
                 self._members[worker_id] = self._meet(record, self._tasks)
@@ -229,6 +229,13 @@ class Members:
         if member.worker is not None and self.fleet is not None:
             self.fleet.leave(member.worker.worker_id)
         member.worker = member.load = None
+
+
+async def _part(member: Member) -> None:
+    """Leaves a worker that is not announced any more: it may drain, so what runs there is followed to its end."""
+    if member.session is not None:
+        await member.session.wait_idle()
+    member.task.cancel()
 
 
 def _state(member: Member, now: float) -> str:

@@ -58,5 +58,6 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
                 gc.freeze()
                 await server.set_serving(True)
                 await stop.wait()
+                generator.draining = True
                 await server.drain(generator.wait_idle)
             following.cancel()

@@ -52,7 +52,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         identity = self._identity(request.model)
         match request.WhichOneof("kind"):
             case "text":
-                token_ids = await self._encode(request.text, add_special_tokens=not request.without_special_tokens)
+                token_ids = await self._encode(request.text, "text", add_special_tokens=not request.without_special_tokens)
             case "chat":
                 token_ids = await self._encode_chat(request.chat)
             case _:
@@ -92,7 +92,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _prompt_ids(self, prompt: inference_pb2.Prompt) -> list[int]:
         match prompt.WhichOneof("kind"):
             case "text":
-                return await self._encode(prompt.text, add_special_tokens=True)
+                return await self._encode(prompt.text, "prompt.text", add_special_tokens=True)
             case "token_ids":
                 return convert.token_ids_from_proto(prompt.token_ids, "prompt.token_ids")
             case "chat":
@@ -105,9 +105,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise InvalidRequest("chat.messages", "is empty", limit=1)
         messages: Sequence[dict[str, object]] = [{"role": message.role, "content": message.content} for message in chat.messages]
         # The template writes the special tokens itself.
-        return await self._encode(self._tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        return await self._encode(self._tokenizer.apply_chat_template(messages), "chat", add_special_tokens=False)
 
-    async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+        # Before any work: ten megabytes would keep the tokenizer busy for seconds, to be refused for their number of tokens afterwards.
+        limit = self._members.require_identity().max_model_len * self._tokenizer.max_token_characters
+        if len(text) > limit:
+            raise InvalidRequest(field, f"has {len(text)} characters; the model takes no text of more than {limit}", limit=limit)
         if len(text) <= LONG_TEXT_CHARACTERS:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)

@@ -66,6 +66,7 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens)
         self._chat_template = chat_template
         self._token_bytes: dict[bool, dict[int, bytes]] = {True: {}, False: {}}  # by skip_special_tokens; detokenizers fill them
+        self._max_token_characters = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         self._hidden_tokens = frozenset(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
 
     @classmethod
@@ -104,6 +105,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; the logits of a model may be wider."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def max_token_characters(self) -> int:
+        """Characters of the longest token: a text has at least its length over this in tokens."""
+        return self._max_token_characters
 
     @property
     def bos_token_id(self) -> int | None:

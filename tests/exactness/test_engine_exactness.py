@@ -16,7 +16,7 @@ from kernels.cpu_linear import WeightForm, choose_form
 from services.core.noise import choice_seed
 from services.core.types import FinishReason
 from services.engine.core import EngineCore
-from services.engine.loader import choose_dtype, load_model
+from services.engine.loader import load_model
 from services.engine.sequence import EngineRequest
 from services.engine.settings import EngineSettings
 from tests.exactness.conftest import NEAR_TIES, WORKLOADS
@@ -224,9 +224,7 @@ def test_tokens_when_continued_from_received_tokens_are_identical(workload: Work
 @pytest.mark.parametrize("workload", ["bf16"], indirect=True)
 def test_tokens_when_loaded_as_a_process_does_are_identical(workload: Workload, checkpoints: Path) -> None:
     """A bf16 checkpoint through load_model, with calibrated chunks and a running clock."""
-    # auto is fp32 from half-precision weights here, unless the processor multiplies bf16 itself: then it is held to nothing on the CPU.
-    dtype = "auto" if choose_dtype("auto", "bfloat16") is torch.float32 else "float32"
-    settings = EngineSettings(dtype=dtype, block_size=BLOCK_SIZE, max_model_len=512, kv_memory_bytes=1 << 24)
+    settings = EngineSettings(block_size=BLOCK_SIZE, max_model_len=512, kv_memory_bytes=1 << 24)
     loaded = load_model(checkpoints / WORKLOADS["bf16"][0], settings)
     assert loaded.dtype == torch.float32
     assert loaded.config.dtype == "bfloat16"
