@@ -87,6 +87,7 @@ def test_reasons_when_the_tree_is_walked_are_unique_so_that_they_name_a_class() 
         (errors.PeerUnavailable, "UNAVAILABLE"),
         (errors.EngineStopped, "UNAVAILABLE"),
         (errors.DeadlineExceeded, "DEADLINE_EXCEEDED"),
+        (errors.SlowReader, "RESOURCE_EXHAUSTED"),
         (errors.Incompatible, "FAILED_PRECONDITION"),
         (errors.TransferFenced, "ABORTED"),
         (errors.ChecksumMismatch, "DATA_LOSS"),

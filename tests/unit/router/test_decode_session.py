@@ -1,0 +1,224 @@
+"""The router's end of a session, against a worker that says what the test wants, over a real channel."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from protos.baton.v1 import decode_pb2, decode_pb2_grpc
+from services.core.errors import BatonError, EngineStopped, PeerUnavailable, SlowReader
+from services.core.types import FinishReason
+from services.mesh import convert, status
+from services.mesh.server import MeshServer
+from services.router.decode_session import MAX_UNREAD_ARRIVALS, Arrival, DecodeSession, RequestStream
+from tests.waiting import wait_until
+
+
+class Worker(decode_pb2_grpc.DecodeServiceServicer):
+    """Welcomes every session, notes its commands and sends what is put into `frames`; None ends the session."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[decode_pb2.SessionCommand]] = []  # by session
+        self.frames: asyncio.Queue[decode_pb2.StepFrame | None] = asyncio.Queue()
+
+    async def Session(  # noqa: N802
+        self, commands: AsyncIterator[decode_pb2.SessionCommand], context: Any
+    ) -> AsyncGenerator[decode_pb2.StepFrame, None]:
+        await anext(aiter(commands))
+        heard: list[decode_pb2.SessionCommand] = []
+        self.commands.append(heard)
+
+        async def hear() -> None:
+            async for command in commands:
+                heard.append(command)
+
+        yield decode_pb2.StepFrame(hello=decode_pb2.SessionWelcome())
+        async with asyncio.TaskGroup() as tasks:
+            hearing = tasks.create_task(hear())
+            while (frame := await self.frames.get()) is not None:
+                yield frame
+            hearing.cancel()
+
+
+@contextlib.asynccontextmanager
+async def session_with(worker: Worker) -> AsyncIterator[DecodeSession]:
+    def register(server: grpc.aio.Server) -> None:
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(worker, server)
+
+    async with MeshServer("127.0.0.1:0", register, services=[]) as server:
+        session = DecodeSession(server.address, router_id="r", on_welcome=lambda _: None, on_load=lambda _: None, on_lost=lambda: None)
+        running = asyncio.ensure_future(session.run())
+        try:
+            await wait_until(lambda: session.is_up)
+            yield session
+            assert not running.done(), "whatever a worker does, the session goes on"
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await main()
+
+    asyncio.run(bounded())
+
+
+def tokens(handle: int, first_position: int, *token_ids: int) -> decode_pb2.StepFrame:
+    return decode_pb2.StepFrame(
+        handles=convert.pack_u32([handle] * len(token_ids)),
+        positions=convert.pack_u32(range(first_position, first_position + len(token_ids))),
+        token_ids=convert.pack_u32(token_ids),
+    )
+
+
+def request(session: DecodeSession, name: str, *, n: int = 1) -> tuple[int, RequestStream]:
+    stream = RequestStream(prompt_tokens=1, num_choices=n)
+    return session.start(decode_pb2.Start(request_id=name), stream, n), stream
+
+
+async def error_of(stream: RequestStream) -> BatonError:
+    try:
+        while True:
+            await stream.next_arrivals()
+    except BatonError as error:
+        return error
+
+
+def test_tokens_when_they_come_one_by_one_and_in_runs_are_read_in_order() -> None:
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker) as session:
+            handle, stream = request(session, "a")
+            frames = [tokens(handle, 1, 5), tokens(handle, 2, 6, 7), tokens(handle, 4, 8)]
+            frames[-1].endings.add(handle=handle, finish_reason=convert.finish_reason_to_proto(FinishReason.LENGTH))
+            for frame in frames:
+                worker.frames.put_nowait(frame)
+            arrivals: list[Arrival] = []
+            while not arrivals or arrivals[-1].finish_reason is None:
+                arrivals += await stream.next_arrivals()
+            assert [token_id for arrival in arrivals for token_id in arrival.token_ids] == [5, 6, 7, 8]
+            await session.wait_idle()
+
+    run(main)
+
+
+@pytest.mark.parametrize("frame", [tokens(0, 2, 5), tokens(0, 2, 5, 6), tokens(0, 0, 5)])
+def test_tokens_when_a_position_is_missing_or_comes_twice_end_the_attempt(frame: decode_pb2.StepFrame) -> None:
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker) as session:
+            _, stream = request(session, "a")
+            worker.frames.put_nowait(frame)
+            assert isinstance(await error_of(stream), PeerUnavailable)
+
+    run(main)
+
+
+def test_tokens_when_a_run_has_a_gap_end_the_attempt() -> None:
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker) as session:
+            handle, stream = request(session, "a")
+            frame = tokens(handle, 1, 5, 6)
+            frame.positions = convert.pack_u32([1, 3])
+            worker.frames.put_nowait(frame)
+            assert "gap" in (await error_of(stream)).message
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        decode_pb2.StepFrame(handles=b"123", positions=b"123", token_ids=b"123"),
+        decode_pb2.StepFrame(handles=convert.pack_u32([0]), positions=convert.pack_u32([1, 2]), token_ids=convert.pack_u32([5])),
+    ],
+)
+def test_session_when_a_frame_cannot_be_read_ends_and_is_made_again(frame: decode_pb2.StepFrame) -> None:
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker) as session:
+            _, stream = request(session, "a")
+            worker.frames.put_nowait(frame)
+            assert isinstance(await error_of(stream), PeerUnavailable)
+            await wait_until(lambda: len(worker.commands) == 2 and session.is_up)
+
+    run(main)
+
+
+def test_session_when_it_ends_while_commands_are_written_is_made_again() -> None:
+    """The bug that this keeps away ended the router: `write` after the end of a call raises InvalidStateError."""
+
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker) as session:
+            for count in range(2, 12):
+                worker.frames.put_nowait(None)
+                while len(worker.commands) < count:
+                    with contextlib.suppress(PeerUnavailable):
+                        request(session, "a")
+                    await asyncio.sleep(0)
+                await wait_until(lambda: session.is_up)
+
+    run(main)
+
+
+def test_cancel_when_the_session_was_lost_leaves_the_next_session_s_requests_alone() -> None:
+    """Both have handle 0, each in its own session."""
+
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker) as session:
+            old_handle, old = request(session, "old")
+            worker.frames.put_nowait(None)
+            await wait_until(lambda: len(worker.commands) == 2 and session.is_up)
+            handle, stream = request(session, "new")
+            assert handle == old_handle
+            session.cancel(old_handle, old, 1)
+            worker.frames.put_nowait(tokens(handle, 1, 5))
+            assert [arrival.token_ids for arrival in await stream.next_arrivals()] == [(5,)]
+            session.cancel(handle, stream, 1)
+            await wait_until(lambda: len(worker.commands[1]) == 2)
+            assert [command.WhichOneof("kind") for command in worker.commands[1]] == ["start", "cancel"]
+
+    run(main)
+
+
+def test_error_when_another_choice_is_open_ends_the_whole_request() -> None:
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker) as session:
+            handle, stream = request(session, "a", n=2)
+            ended = decode_pb2.StepFrame()
+            ended.endings.add(handle=handle, finish_reason=convert.finish_reason_to_proto(FinishReason.STOP))
+            failed = decode_pb2.StepFrame()
+            failed.endings.add(handle=handle + 1, error=status.to_proto(EngineStopped("the engine failed"), "a"))
+            worker.frames.put_nowait(ended)
+            worker.frames.put_nowait(failed)
+            assert isinstance(await error_of(stream), EngineStopped)
+            await session.wait_idle()
+
+    run(main)
+
+
+def test_stream_when_its_client_does_not_read_keeps_a_bounded_number_and_cancels() -> None:
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker) as session:
+            handle, stream = request(session, "a")
+            other_handle, other = request(session, "b")
+            for position in range(1, MAX_UNREAD_ARRIVALS + 10):
+                worker.frames.put_nowait(tokens(handle, position, 5))
+            worker.frames.put_nowait(tokens(other_handle, 1, 6))
+            assert [arrival.token_ids for arrival in await other.next_arrivals()] == [(6,)]
+            assert len(await stream.next_arrivals()) == MAX_UNREAD_ARRIVALS
+            assert isinstance(await error_of(stream), SlowReader)
+            await wait_until(lambda: len(worker.commands[0]) == 3)
+            assert worker.commands[0][-1].cancel.handle == handle
+
+    run(main)
