@@ -1,6 +1,7 @@
 """Requests as clients send them, through a small mesh on the demo model: what they get, what they are told, what is freed."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import pytest
 from protos.baton.v1 import common_pb2, inference_pb2
 from services.core import errors
 from services.core.types import FinishReason, SamplingParams
+from services.engine.core import EngineCore
 from services.mesh import convert, status
 from tests.mesh import Mesh
 from tests.waiting import wait_until
@@ -64,6 +66,8 @@ def test_bad_requests_when_sent_are_refused_with_field_and_limit() -> None:
         ("prompt", "1", {"prompt": inference_pb2.Prompt(text="")}),
         ("prompt", "4095", {"prompt": inference_pb2.Prompt(token_ids=convert.token_ids_to_proto([5] * 4096))}),
         ("prompt", "4095", {"prompt": inference_pb2.Prompt(token_ids=convert.token_ids_to_proto([4096]))}),
+        # Refused for its length, before seconds of tokenizing.
+        ("prompt.text", None, {"prompt": inference_pb2.Prompt(text="x " * 5_000_000)}),
         ("prompt.token_ids", "4", {"prompt": inference_pb2.Prompt(token_ids=common_pb2.TokenIds(packed=b"12345"))}),
         ("chat.messages", "1", {"prompt": inference_pb2.Prompt(chat=inference_pb2.Chat())}),
         ("temperature", "[0.0, 100.0]", {"prompt": text, "sampling": common_pb2.SamplingParams(temperature=float("nan"))}),
@@ -248,3 +252,102 @@ def test_logprobs_when_asked_for_belong_to_their_tokens() -> None:
         assert all(sorted(logprobs.top_logprobs, reverse=True) == list(logprobs.top_logprobs) for logprobs in reply.logprobs[0])
 
     run(test)
+
+
+def test_router_when_it_drains_refuses_what_is_new_and_finishes_what_it_has() -> None:
+    async def main() -> None:
+        async with Mesh("demo") as mesh:
+            router = await mesh.router([await mesh.decode("d0")])
+            sampling = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
+            running = asyncio.ensure_future(mesh.generate(router, PROMPT, sampling))
+            await mesh.wait_for(router, lambda status: status.output_tokens > 0)
+            stopping = asyncio.ensure_future(mesh.stop(router))
+            await asyncio.sleep(0.05)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await mesh.generate(router, PROMPT, GREEDY)
+            error = status.from_rpc_error(refused.value, "router")
+            assert isinstance(error, errors.Draining) and error.retry_after_s > 0
+            assert len((await running).tokens[0]) == 300
+            await stopping
+
+    asyncio.run(main())
+
+
+def test_status_while_a_request_runs_counts_its_tokens_and_its_first_one() -> None:
+    async def test(small: Small) -> None:
+        call = small.mesh.stub(small.router).Generate(
+            inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text=PROMPT), sampling=convert.sampling_to_proto(LONG))
+        )
+        await call.read()
+        seen = await small.mesh.wait_for(small.router, lambda status: status.output_tokens > 10)
+        assert (seen.ttft.count, seen.in_flight, seen.finished) == (1, 1, 0)
+        assert seen.prompt_tokens > 0 and seen.kv_bytes > 0
+        call.cancel()
+
+    run(test)
+
+
+def test_worker_when_its_queue_is_full_says_so_to_the_client() -> None:
+    """Not that no worker can be reached: that would send the client away for another reason, without the delay."""
+
+    async def main() -> None:
+        async with Mesh("demo", max_num_requests=1) as mesh:
+            router = await mesh.router([await mesh.decode("d0")])
+            call = mesh.stub(router).Generate(
+                inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text=PROMPT), sampling=convert.sampling_to_proto(LONG))
+            )
+            await call.read()
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await mesh.generate(router, PROMPT, GREEDY)
+            assert isinstance(status.from_rpc_error(refused.value, "router"), errors.QueueFull)
+            call.cancel()
+
+    asyncio.run(main())
+
+
+def test_prefill_worker_when_met_before_any_decode_worker_is_used_afterwards() -> None:
+    async def main() -> None:
+        async with Mesh("demo") as mesh:
+            prefill, decode = await mesh.prefill("p0"), await mesh.decode("d0")
+            router = await mesh.router([prefill, decode], max_local_tokens=0)
+            await mesh.stop("d0")
+            await mesh.stop("p0")
+            await mesh.prefill("p0", address=prefill.rpartition("@")[2])
+            await mesh.wait_for(router, lambda status: [w.state for w in status.workers if w.role == "prefill"] == ["up"])
+            await mesh.decode("d0", address=decode.rpartition("@")[2])
+            await mesh.wait_for(router, lambda status: all(worker.state == "up" for worker in status.workers))
+            await asyncio.sleep(0.2)  # a report of each
+            assert (await mesh.generate(router, PROMPT, GREEDY)).timing.prefill_worker_id == "p0"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_worker_when_its_engine_dies_ends_so_that_it_is_started_again(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = False
+    step = EngineCore.step
+
+    def fail(core: EngineCore, *arguments: Any, **keywords: Any) -> Any:
+        if broken:
+            raise RuntimeError("out of memory")
+        return step(core, *arguments, **keywords)
+
+    monkeypatch.setattr(EngineCore, "step", fail)
+
+    async def main() -> None:
+        nonlocal broken
+        async with Mesh("demo") as mesh:
+            workers = [await mesh.decode("d0")] if role == "decode" else [await mesh.prefill("p0"), await mesh.decode("d0")]
+            router = await mesh.router(workers, max_local_tokens=0)
+            broken = True
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await mesh.generate(router, PROMPT, GREEDY)
+            await asyncio.Event().wait()  # the worker's end ends the mesh of this test
+
+    async def bounded() -> None:
+        async with asyncio.timeout(30):
+            await main()
+
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(bounded())
+    assert caught.group_contains(errors.EngineStopped, match="the engine failed")

@@ -147,12 +147,18 @@ def test_plan_when_settings_are_wrong_names_all_of_them_once(ports: ReservedPort
         "router: BATON_MAX_IN_FLIGHT: 'many' is not an integer",
     )
     with pytest.raises(ConfigurationError) as raised:
-        plan_mesh(MeshOptions(settings=("decode.max_seqs=8", "judge.x=1", "nothing", "nobody=1")), ports, ENVIRON)
+        plan_mesh(
+            MeshOptions(settings=("decode.max_seqs=8", "judge.x=1", "nothing", "nobody=1", "router.listen=h:1", "decode.namespace=a")),
+            ports,
+            ENVIRON,
+        )
     assert raised.value.problems == (
         "--set decode.max_seqs=8: no such setting of decode",
         "--set judge.x=1: 'judge' is not one of router, decode, prefill, kv_index",
         "--set nothing: is not name=value or role.name=value",
         "--set nobody=1: no such setting of any process",
+        "--set router.listen=h:1: listen is set by `baton up` itself",
+        "--set decode.namespace=a: all of a mesh have one namespace",
     )
 
 

@@ -35,3 +35,13 @@ def test_board_when_there_is_a_terminal_leaves_the_last_state_of_each_process_an
     assert re.fullmatch(r".*starting 2 processes: done in \d+\.\d s", lines[-4])
     assert lines[-3:-1] == ["  redis     serving after 0.1 s", "  decode-0  waiting for its turn"]
     assert re.fullmatch(r"\d\d:\d\d:\d\d  redis     stopped", lines[-1])
+
+
+def test_board_when_the_terminal_is_gone_says_nothing_and_goes_on() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    board = StartBoard(["redis"], Console(file=Gone(), width=80))
+    board.say("stopping")
+    board.report("redis", "stopped")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,24 @@ def test_supervisor_when_a_running_process_is_killed_starts_it_again(tmp_path: P
     asyncio.run(run())
     assert f"killed by SIGKILL; starts again in {FIRST_BACKOFF_S:g} s" in reports.of("a")
     assert (tmp_path / "a.log").read_text() == "started a\n" * 2
+
+
+def test_supervisor_when_its_log_folder_is_gone_starts_processes_again_all_the_same(tmp_path: Path) -> None:
+    """A cleaner of temporary folders must not end a mesh."""
+    reports, logs = Reports(), tmp_path / "logs"
+    logs.mkdir()
+    specs = [spec(tmp_path, "a", "back")]
+
+    async def run() -> None:
+        async with Supervisor(specs, stages=(("back",),), log_dir=logs, report=reports.take, stop_timeout_s=10.0) as supervisor:
+            await supervisor.start("back")
+            supervisor.keep_alive()
+            shutil.rmtree(logs)
+            (tmp_path / "serving-a").unlink()
+            os.kill(supervisor.pids["a"], signal.SIGKILL)
+            await wait_until(lambda: len([words for words in reports.of("a") if words.startswith("serving")]) == 2)
+
+    asyncio.run(run())
 
 
 def test_supervisor_when_a_process_dies_again_and_again_reports_a_crash_loop_and_goes_on(tmp_path: Path) -> None:

@@ -320,3 +320,14 @@ def test_token_cost_follows_the_length_of_recent_prompts() -> None:
         model.note_prompt(10_000, model.prefill.seconds(10_000, 0))
     assert short == pytest.approx(model.prefill.seconds(100, 0) / 100, rel=0.01)
     assert model.token_s == pytest.approx(model.prefill.seconds(10_000, 0) / 10_000, rel=0.01)
+
+
+def test_steps_when_the_fit_has_no_term_for_them_are_left_out() -> None:
+    """Steps that grow a little faster than the blocks they read leave a fit of that term alone; then a worker reports no block at all."""
+    costs = make_costs(1)
+    for i in range(200):
+        used = 200 + (i * 37) % 800
+        costs.observe_steps(0, running=8.0, used_blocks=used, total_blocks=2000, seconds=2e-6 * used**1.3, now_s=0.5 * i)
+    before = costs.step.factor.item(0)
+    costs.observe_steps(0, running=8.0, used_blocks=0, total_blocks=2000, seconds=1e-3, now_s=100.0)
+    assert math.isfinite(costs.step.factor.item(0)) and before > 0.0

@@ -2,54 +2,23 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
 
-import grpc
 import pytest
 
-from protos.baton.v1 import decode_pb2, decode_pb2_grpc
+from protos.baton.v1 import decode_pb2
 from services.core.errors import BatonError, EngineStopped, PeerUnavailable, SlowReader
 from services.core.types import FinishReason
 from services.mesh import convert, status
-from services.mesh.server import MeshServer
 from services.router.decode_session import MAX_UNREAD_ARRIVALS, Arrival, DecodeSession, RequestStream
+from tests.unit.router.scripted_worker import Worker, tokens
 from tests.waiting import wait_until
-
-
-class Worker(decode_pb2_grpc.DecodeServiceServicer):
-    """Welcomes every session, notes its commands and sends what is put into `frames`; None ends the session."""
-
-    def __init__(self) -> None:
-        self.commands: list[list[decode_pb2.SessionCommand]] = []  # by session
-        self.frames: asyncio.Queue[decode_pb2.StepFrame | None] = asyncio.Queue()
-
-    async def Session(  # noqa: N802
-        self, commands: AsyncIterator[decode_pb2.SessionCommand], context: Any
-    ) -> AsyncGenerator[decode_pb2.StepFrame, None]:
-        await anext(aiter(commands))
-        heard: list[decode_pb2.SessionCommand] = []
-        self.commands.append(heard)
-
-        async def hear() -> None:
-            async for command in commands:
-                heard.append(command)
-
-        yield decode_pb2.StepFrame(hello=decode_pb2.SessionWelcome())
-        async with asyncio.TaskGroup() as tasks:
-            hearing = tasks.create_task(hear())
-            while (frame := await self.frames.get()) is not None:
-                yield frame
-            hearing.cancel()
 
 
 @contextlib.asynccontextmanager
 async def session_with(worker: Worker) -> AsyncIterator[DecodeSession]:
-    def register(server: grpc.aio.Server) -> None:
-        decode_pb2_grpc.add_DecodeServiceServicer_to_server(worker, server)
-
-    async with MeshServer("127.0.0.1:0", register, services=[]) as server:
-        session = DecodeSession(server.address, router_id="r", on_welcome=lambda _: None, on_load=lambda _: None, on_lost=lambda: None)
+    async with worker.serving() as address:
+        session = DecodeSession(address, router_id="r", on_welcome=lambda _: None, on_load=lambda _: None, on_lost=lambda: None)
         running = asyncio.ensure_future(session.run())
         try:
             await wait_until(lambda: session.is_up)
@@ -66,14 +35,6 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
             await main()
 
     asyncio.run(bounded())
-
-
-def tokens(handle: int, first_position: int, *token_ids: int) -> decode_pb2.StepFrame:
-    return decode_pb2.StepFrame(
-        handles=convert.pack_u32([handle] * len(token_ids)),
-        positions=convert.pack_u32(range(first_position, first_position + len(token_ids))),
-        token_ids=convert.pack_u32(token_ids),
-    )
 
 
 def request(session: DecodeSession, name: str, *, n: int = 1) -> tuple[int, RequestStream]:
