@@ -1,7 +1,8 @@
 """`micro frames`: tokens from decode to router in step frames beside one stream per request, and what a token costs the router.
 
 Tokens come out of nowhere (token_source.py), so that nothing but moving them is measured. The router's cost is the processor time of a
-real router process, from frame to client, detokenizing included, at a pace at which every token is a message of its own.
+real router process, from frame to client, detokenizing included, at a pace at which every token is a message of its own; beside it stands
+what the same messages cost a process that only writes them.
 """
 
 import asyncio
@@ -38,15 +39,17 @@ def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
 
 
 async def _measure(runs: int) -> list[Figure]:
-    frames, streams, cpu, tokens_per_message = [], [], [], []
-    with _source(0) as fast, _source(PACE_MS) as paced, service("router", workers=f"decode={paced}") as router:
+    frames, streams, cpu, bare_cpu, tokens_per_message = [], [], [], [], []
+    with _source(0) as fast, _source(PACE_MS) as paced, service("router", workers=f"decode={paced.address}") as router:
         await wait_for_workers(router.address, 1)
         for _ in range(runs):
-            frames.append(await _through_frames(fast))
-            streams.append(await _through_streams(fast))
-            seconds, messages = await _router_cost(router)
+            frames.append(await _through_frames(fast.address))
+            streams.append(await _through_streams(fast.address))
+            seconds, messages = await _cost(router)
             cpu.append(seconds / (REQUESTS * PACED_TOKENS) * 1e6)
             tokens_per_message.append(REQUESTS * PACED_TOKENS / messages)
+            seconds, _ = await _cost(paced)
+            bare_cpu.append(seconds / (REQUESTS * PACED_TOKENS) * 1e6)
     return [
         Figure(
             name="decode → router in step frames",
@@ -62,6 +65,8 @@ async def _measure(runs: int) -> list[Figure]:
             value=statistics.median(cpu),
             unit="µs",
             runs=runs,
+            reference=statistics.median(bare_cpu),
+            reference_name="a server that only writes them",
             target=60.0,
             at_most=True,
             on_ratio=False,
@@ -119,9 +124,9 @@ async def _through_streams(address: str) -> float:
     return count / seconds
 
 
-async def _router_cost(router: Service) -> tuple[float, int]:
-    """Processor seconds of the router for 64 clients' streams, and in how many messages the tokens came."""
-    async with open_channel(router.address) as channel:
+async def _cost(server: Service) -> tuple[float, int]:
+    """Processor seconds of a server for 64 clients' streams, and in how many messages the tokens came."""
+    async with open_channel(server.address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
 
         async def read() -> tuple[int, int]:
@@ -132,19 +137,19 @@ async def _router_cost(router: Service) -> tuple[float, int]:
             sizes = [len(response.token_ids.packed) // 4 async for response in stub.Generate(request)]
             return sum(sizes), sum(size > 0 for size in sizes)
 
-        before = router.processor_s()
+        before = server.processor_s()
         results = await asyncio.gather(*(read() for _ in range(REQUESTS)))
-        seconds = router.processor_s() - before
+        seconds = server.processor_s() - before
     assert sum(count for count, _ in results) == REQUESTS * PACED_TOKENS
     return seconds, sum(messages for _, messages in results)
 
 
 @contextlib.contextmanager
-def _source(step_ms: int) -> Iterator[str]:
+def _source(step_ms: int) -> Iterator[Service]:
     command = bound_to_parent([sys.executable, "-m", "loadtest.micro.token_source", str(step_ms)])
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
-            yield process.stdout.readline().strip()
+            yield Service(address=process.stdout.readline().strip(), pid=process.pid)
         finally:
             process.kill()

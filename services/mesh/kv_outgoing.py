@@ -119,7 +119,10 @@ class Connection:
         self._max_run_blocks = max(1, min(channel.run_bytes // memory.block_bytes, MAX_PACKET_FRAMES))
         self._min_run_blocks = min(self._max_run_blocks, -(-_MIN_RUN_BYTES // memory.block_bytes))
         kind = channel.transport
-        self._lanes = [threading.Thread(target=self._run_lane, name=f"kv-send-{kind}-{i}", daemon=True) for i in range(num_lanes)]
+        self._lanes = [
+            threading.Thread(target=self._run_lane, args=(i == num_lanes - 1,), name=f"kv-send-{kind}-{i}", daemon=True)
+            for i in range(num_lanes)
+        ]
         self._listener = threading.Thread(target=self._run_listener, name=f"kv-send-{kind}-listener", daemon=True)
         for thread in (*self._lanes, self._listener):
             thread.start()
@@ -250,9 +253,13 @@ class Connection:
             # Our end is what tells the peer that nobody writes into its memory any more: with a copy under way, only listening ends here.
             shut_down(self._channel.sock, socket.SHUT_RD if self._channel.writes_peer_memory else socket.SHUT_RDWR)
 
-    def _run_lane(self) -> None:
+    def _run_lane(self, warms_up: bool) -> None:
         error = PeerUnavailable("a thread that sends KV blocks has failed")
         try:
+            if warms_up:
+                for _ in self._channel.warm_up():
+                    if self._error:
+                        break
             while (taken := self._take()) is not None:
                 self._push(*taken)
         except OSError as failure:

@@ -42,6 +42,9 @@ class HeldCopies:
             raise self.error
         return [Frame(FrameKind.BLOCK, transfer_id, move.block_index) for move in run]
 
+    def warm_up(self) -> Sequence[object]:
+        return ()
+
     def close(self) -> None:
         self.sock.close()
 
