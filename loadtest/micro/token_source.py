@@ -109,8 +109,8 @@ class Source(decode_pb2_grpc.DecodeServiceServicer, inference_pb2_grpc.Inference
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         for position in range(request.sampling.max_tokens):
-            if self._step_s:
-                await asyncio.sleep(self._step_s)
+            if self._step_s:  # all requests at once, as steps are
+                await asyncio.sleep(self._step_s - time.monotonic() % self._step_s)
             yield inference_pb2.GenerateResponse(token_ids=convert.token_ids_to_proto([FIRST_WORD + position % (VOCAB_SIZE - FIRST_WORD)]))
 
 
