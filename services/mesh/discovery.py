@@ -41,6 +41,9 @@ class Discovery(Protocol):
         ...
 
 
+ROLES = ("prefill", "decode")
+
+
 class StaticDiscovery:
     """Members that a setting names and that never change. Their epoch is 0: nobody knows it before the worker is asked."""
 
@@ -50,12 +53,17 @@ class StaticDiscovery:
     @classmethod
     def parse(cls, entries: Sequence[str]) -> "StaticDiscovery":
         """From "role=host:port" or "role=worker_id@host:port" each; without a worker_id the address is it. Raises ConfigurationError."""
-        members, problems = [], []
+        members: list[WorkerRecord] = []
+        problems: list[str] = []
         for entry in entries:
             role, _, place = entry.partition("=")
             worker_id, _, address = place.rpartition("@")
             host, _, port = address.rpartition(":")
-            if role and host and port.isdigit() and 0 < int(port) < 65536:
+            if role not in ROLES:
+                problems.append(f"workers: {entry!r} has a role that is not one of {', '.join(ROLES)}")
+            elif (worker_id or address) in {member.worker_id for member in members}:
+                problems.append(f"workers: {worker_id or address!r} is there twice")
+            elif host and port.isascii() and port.isdigit() and 0 < int(port) < 65536:
                 members.append(WorkerRecord(worker_id=worker_id or address, epoch=0, role=role, address=address))
             else:
                 problems.append(f"workers: {entry!r} is not role=host:port or role=worker_id@host:port")

@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import uvloop
@@ -75,8 +75,7 @@ def run_process(service: str, kind: type[_Settings], serve: Callable[[_Settings,
     try:
         settings = load_settings(kind, os.environ)
     except ConfigurationError as error:
-        print(f"{service}: {len(error.problems)} problem(s) in the settings\n  " + "\n  ".join(error.problems), file=sys.stderr)
-        sys.exit(2)
+        _refuse_settings(service, error)
     logs.configure_logging(service, as_json=settings.log_format == "json", level=settings.log_level)
     _log.info("starting", extra={"settings": printable(settings)})
 
@@ -96,6 +95,8 @@ def run_process(service: str, kind: type[_Settings], serve: Callable[[_Settings,
 
     try:
         uvloop.run(main())
+    except ConfigurationError as error:  # what only shows when it is put to use
+        _refuse_settings(service, error)
     except Exception:
         _log.critical("ended by an error", exc_info=True)
         sys.exit(1)
@@ -103,6 +104,11 @@ def run_process(service: str, kind: type[_Settings], serve: Callable[[_Settings,
     # All is closed. Taking torch and the interpreter apart would cost another second, in which a restart has to wait for the port.
     logging.shutdown()
     os._exit(0)
+
+
+def _refuse_settings(service: str, error: ConfigurationError) -> NoReturn:
+    print(f"{service}: {len(error.problems)} problem(s) in the settings\n  " + "\n  ".join(error.problems), file=sys.stderr)
+    sys.exit(2)
 
 
 class MeshServer:

@@ -237,5 +237,7 @@ def test_static_discovery_when_parsed_then_gives_its_members_and_never_ends() ->
 
 def test_static_discovery_when_entries_are_wrong_then_names_them_all() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        StaticDiscovery.parse(["prefill", "decode=host", "decode=:80", "decode=host:0", "=host:80", "decode=host:80"])
-    assert len(caught.value.problems) == 5
+        StaticDiscovery.parse(
+            ["prefill", "decode=host", "decode=:80", "decode=h:0", "decode=h:²", "decod=h:80", "decode=h:80", "decode=h:80"]
+        )
+    assert len(caught.value.problems) == 7
