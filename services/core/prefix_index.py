@@ -95,11 +95,14 @@ class PrefixIndex:
         """Who holds how many leading blocks, fewest first; workers without the first block are left out."""
         matches: list[Match] = []
         found = map(self._holders.get, hashes)  # as far as it is asked for
-        alive = next(found, None) or 0
+        alive = last = next(found, None) or 0
         if not alive:
             return matches
         for num_blocks, holders in enumerate(found, 1):
-            still = alive & holders if holders else 0
+            if holders == last:  # the same as of the block before: cheaper than an AND, and usual
+                continue
+            last = holders or 0
+            still = alive & last
             if still != alive:
                 matches.append(Match(num_blocks=num_blocks, workers=alive ^ still))
                 alive = still
