@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.core.prefix_index import PrefixIndex
+from services.core.prefix_index import STRIDE, PrefixIndex
 
 HASHES = [bytes([number]) * 16 for number in range(6)]
 WORKERS = ["w0", "w1", "w2", "w3"]
@@ -68,9 +68,14 @@ def check(index: PrefixIndex, model: dict[str, Model], prompts: list[list[bytes]
     assert set(index._holders) == set().union(*(known.hashes for known in model.values())), "memory of blocks that nobody holds"
     assert index.num_entries == sum(len(known.hashes) for known in model.values())
     for prompt in prompts:
-        expected = {worker_id: leading(prompt, known.hashes) for worker_id, known in model.items() if leading(prompt, known.hashes)}
         found = {worker_id: match.num_blocks for match in index.match(prompt) for worker_id in index.workers_in(match.workers)}
-        assert found == expected
+        assert set(found) == {worker_id for worker_id, known in model.items() if leading(prompt, known.hashes)}
+        for worker_id, length in found.items():
+            held = [block_hash in model[worker_id].hashes for block_hash in prompt]
+            assert held[length - 1]
+            assert length == len(prompt) or not held[length]
+            if held == sorted(held, reverse=True):  # no block without those before it
+                assert length == leading(prompt, model[worker_id].hashes)
         lengths = [match.num_blocks for match in index.match(prompt)]
         assert lengths == sorted(set(lengths))
 
@@ -85,6 +90,17 @@ def test_match_when_workers_hold_different_lengths_then_each_is_in_one_run() -> 
         index.replace(worker_id, epoch=1, sequence_number=1, hashes=HASHES[:length])
     runs = [(match.num_blocks, set(index.workers_in(match.workers))) for match in index.match(HASHES[:5])]
     assert runs == [(2, {"short", "also short"}), (4, {"long"})]
+
+
+@given(st.integers(1, 3 * STRIDE + 1), st.lists(st.integers(0, 3 * STRIDE + 1), max_size=8))
+def test_match_when_prompts_are_long_then_every_workers_prefix_is_exact(num_blocks: int, held: list[int]) -> None:
+    index, chain = PrefixIndex(), [number.to_bytes(16, "big") for number in range(3 * STRIDE + 1)]
+    for number, length in enumerate(held):
+        index.replace(f"w{number}", epoch=1, sequence_number=1, hashes=chain[:length])
+    matches = index.match(chain[:num_blocks])
+    found = {worker_id: match.num_blocks for match in matches for worker_id in index.workers_in(match.workers)}
+    assert found == {f"w{number}": min(length, num_blocks) for number, length in enumerate(held) if length}
+    assert [match.num_blocks for match in matches] == sorted(set(found.values()))
 
 
 def test_match_when_a_worker_holds_later_blocks_only_then_it_is_left_out() -> None:
