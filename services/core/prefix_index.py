@@ -9,7 +9,6 @@ nothing of the network, of load or of tokens.
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
-
 # A look-up in a large dictionary misses the processor's cache four times, so most blocks are passed over: a pool evicts a prompt's tail
 # before its head, and who holds a block holds those before it. Where that is not so, a request finds less than it was routed for.
 STRIDE = 16
