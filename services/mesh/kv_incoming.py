@@ -84,7 +84,8 @@ class IncomingTransfer:
     @property
     def is_fenced(self) -> bool:
         """Whether no byte of this transfer can be written any more; true of a complete one, too."""
-        return self._phase is Phase.CLOSED
+        with self._grants.lock:  # whoever was woken by the end must not look before the thread that ends it has closed it, too
+            return self._phase is Phase.CLOSED
 
     async def wait_landed(self) -> None:
         """Returns when every block has landed and was checked.

@@ -317,7 +317,10 @@ def test_tcp_stop_when_the_receiver_does_not_read_ends_the_connection() -> None:
                 await receiver.accept_open()
                 outgoing = await opening
                 sending = tasks.create_task(_send_all(outgoing, 60))
-                await wait_until(lambda: sender.blocks_sent["tcp"] > 0)
+                num_sent = -1
+                while num_sent != sender.blocks_sent["tcp"] or not num_sent:  # until the lane is stuck inside a block
+                    num_sent = sender.blocks_sent["tcp"]
+                    await asyncio.sleep(0.1)
                 await outgoing.stop(0.02)
                 assert not await sending
                 opening = tasks.create_task(sender.open(b"2" * 16, receiver.endpoint, range(60)))
