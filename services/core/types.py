@@ -38,6 +38,7 @@ class SamplingParams:
     max_tokens          None: as many as the model's context leaves
     stop_token_ids      end a sequence like the checkpoint's own end tokens, which `ignore_eos` switches off
     logprobs            None: none; k: the chosen token's and those of the k best
+    prompt_logprobs     the same for each prompt token but the first; then the whole prompt is computed, whatever is cached
     """
 
     temperature: float = 1.0
@@ -55,6 +56,7 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -85,8 +87,9 @@ class SamplingParams:
             _check_range("max_tokens", self.max_tokens, 1, None)
             if self.min_tokens > self.max_tokens:
                 raise InvalidRequest("min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}", limit=self.max_tokens)
-        if self.logprobs is not None:
-            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), 0, MAX_LOGPROBS)
         for token_id, bias in self.logit_bias.items():
             check_token_id("logit_bias", token_id, vocab_size)
             _check_range(f"logit_bias[{token_id}]", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)

@@ -69,6 +69,12 @@ class Delta(NamedTuple):  # one for each token
     finish_reason: FinishReason | None
 
 
+class PromptLogprobs(NamedTuple):
+    """Of a request that asked for prompt_logprobs, once, before its first Delta: entry i is of prompt token i + 1."""
+
+    logprobs: Sequence[TokenLogprobs]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """The last piece of a request."""

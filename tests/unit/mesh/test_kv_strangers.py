@@ -252,11 +252,11 @@ def test_peer_when_it_never_reads_its_answers_cannot_hold_up_the_receivers_end()
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 peer = await RawSender.join(receiver.endpoint, "tcp")
                 peer.sock.setblocking(False)
-                opens = Frame(FrameKind.OPEN).pack() * 1000
+                opens = unsent = Frame(FrameKind.OPEN).pack() * 1000
                 num_blocked = 0
                 while num_blocked < 50:  # until the receiver's answers fill both sides' buffers, and then the questions
                     try:
-                        peer.sock.send(opens)
+                        unsent = unsent[peer.sock.send(unsent) :] or opens  # whole frames: half a one would break the protocol
                         num_blocked = 0
                     except BlockingIOError:
                         num_blocked += 1
