@@ -149,6 +149,7 @@ class TokenEvent:
     position        index of the token in its sequence, prompt included; None when the event carries no token (an abort)
     cached_tokens   prompt tokens found in the prefix cache when the request was first admitted
     prefill         with the first token of choice 0, if its prompt was computed by this engine
+    prompt_logprobs with the same token, if they were asked for: entry i is of prompt token i + 1
     """
 
     request_id: str
@@ -159,3 +160,4 @@ class TokenEvent:
     finish_reason: FinishReason | None
     cached_tokens: int
     prefill: PrefillTiming | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None

@@ -12,7 +12,7 @@ import numpy as np
 from services.core.errors import InvalidRequest
 from services.core.noise import draw_seed
 from services.core.prefix_hash import KEY_BYTES, prefix_key
-from services.core.types import FinishReason, PrefillTiming, SampledToken, SamplingParams, TokenEvent, check_token_id
+from services.core.types import FinishReason, PrefillTiming, SampledToken, SamplingParams, TokenEvent, TokenLogprobs, check_token_id
 from services.engine.block_pool import BlockPool
 from services.engine.events import Event, PrefillProgress, Reserved
 from services.engine.model_runner import ModelRunner
@@ -21,7 +21,7 @@ from services.engine.scheduler import ScheduledChunk, Scheduler
 from services.engine.sequence import EngineRequest, Purpose, Sequence
 from services.engine.settings import EngineSettings
 from services.engine.stats import EngineStats
-from services.engine.step import further_choices, make_batch, sample_rows, trial_batch
+from services.engine.step import further_choices, make_batch, step_rows, trial_batch
 from services.engine.timing import PrefillWatch
 
 
@@ -75,15 +75,18 @@ class EngineCore:
         prompt_length = len(request.prompt_token_ids)
         if prompt_length == 0:
             raise InvalidRequest("prompt", "is empty", limit=1)
-        if prompt_length >= self.max_model_len:
+        if request.num_tokens >= self.max_model_len:
             raise InvalidRequest(
                 "prompt",
-                f"has {prompt_length} tokens; the model takes {self.max_model_len} with at least one new token",
+                f"has {request.num_tokens} tokens; the model takes {self.max_model_len} with at least one new token",
                 limit=self.max_model_len - 1,
             )
         for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
             check_token_id("prompt", token_id, self.vocab_size)
         request.sampling.validate(vocab_size=self.vocab_size)
+        self._validate_output(request)
+        if request.sampling.prompt_logprobs is not None and purpose is not Purpose.GENERATE:
+            raise InvalidRequest("prompt_logprobs", "are computed only by the engine that generates")
         if request.prefix_key is not None and len(request.prefix_key) != KEY_BYTES:
             raise InvalidRequest("prefix_key", f"has {len(request.prefix_key)} bytes, not {KEY_BYTES}", limit=KEY_BYTES)
         if purpose is Purpose.PREFILL:
@@ -95,6 +98,18 @@ class EngineCore:
                 f"{request.sampling.max_tokens} new tokens after a prompt of {prompt_length} exceed the model's {self.max_model_len}",
                 limit=room,
             )
+
+    def _validate_output(self, request: EngineRequest) -> None:
+        """Raises InvalidRequest for tokens of an earlier engine after which nothing could come."""
+        num_tokens, sampling = len(request.output_token_ids), request.sampling
+        if num_tokens == 0:
+            return
+        if sampling.n > 1:
+            raise InvalidRequest("n", f"is {sampling.n}, but only one choice can go on from what it has", limit=1)
+        for token_id in (min(request.output_token_ids), max(request.output_token_ids)):
+            check_token_id("output_token_ids", token_id, self.vocab_size)
+        if num_tokens >= self._max_tokens(request):
+            raise InvalidRequest("output_token_ids", f"are {num_tokens}; max_tokens allows no more", limit=self._max_tokens(request) - 1)
 
     def validate_first_tokens(self, request: EngineRequest, first_tokens: Tokens[SampledToken]) -> None:
         """Raises InvalidRequest unless there is one possible token for each choice. Reads only constants."""
@@ -112,9 +127,9 @@ class EngineCore:
                 request_id=request.request_id,
                 choice=choice,
                 token_id=token.token_id,
-                position=len(request.prompt_token_ids),
+                position=request.num_tokens,
                 logprobs=token.logprobs,
-                finish_reason=_finish_reason(token.token_id, 1, request.sampling, stop_ids, max_tokens),
+                finish_reason=_finish_reason(token.token_id, len(request.output_token_ids) + 1, request.sampling, stop_ids, max_tokens),
                 cached_tokens=cached_tokens,
             )
             for choice, token in enumerate(first_tokens)
@@ -123,14 +138,13 @@ class EngineCore:
     def add(self, request: EngineRequest, purpose: Purpose = Purpose.GENERATE, *, arrived_at: float | None = None) -> None:
         """Queues a valid request. Its further choices join when the prompt has been computed, or has landed."""
         params = request.sampling
-        prompt = list(request.prompt_token_ids)
         self.scheduler.add(
             Sequence(
                 request_id=request.request_id,
                 choice=0,
                 order=(self._arrivals, 0),
-                tokens=prompt,
-                prompt_length=len(prompt),
+                tokens=[*request.prompt_token_ids, *request.output_token_ids],
+                prompt_length=len(request.prompt_token_ids),
                 max_tokens=self._max_tokens(request),
                 sampling=params,
                 seed=draw_seed() if params.seed is None else params.seed,
@@ -138,6 +152,7 @@ class EngineCore:
                 prefix_key=request.prefix_key or self.prefix_key,
                 purpose=purpose,
                 watch=PrefillWatch(self._clock() if arrived_at is None else arrived_at),
+                prompt_logprobs=None if params.prompt_logprobs is None else [],
             )
         )
         self._arrivals += 1
@@ -148,7 +163,7 @@ class EngineCore:
 
     def landed(self, request_id: str, first_tokens: Tokens[SampledToken]) -> list[Event]:
         """The whole prompt of a reserved request is in its blocks, and these are its valid first tokens: decoding goes on here."""
-        first = self.scheduler.start(request_id, self.scheduler.reserved[request_id].prompt_length)
+        first = self.scheduler.start(request_id, len(self.scheduler.reserved[request_id].tokens))
         first.watch = None
         group = [first, *further_choices(first)]
         return [self._append(sequence, token) for sequence, token in zip(group, first_tokens, strict=True)]
@@ -157,7 +172,7 @@ class EngineCore:
         """Computes the prompt of a reserved request from the last block that has landed whole; nobody else writes there any more."""
         sequence = self.scheduler.reserved[request_id]
         # Landed or not, the block of the last token is computed: somebody has to make the logits.
-        num_landed_tokens = min(num_landed_tokens, sequence.prompt_length - 1)
+        num_landed_tokens = min(num_landed_tokens, len(sequence.tokens) - 1)
         self.scheduler.start(request_id, num_landed_tokens // self.block_size * self.block_size)
         sequence.watch = PrefillWatch(self._clock())
 
@@ -185,15 +200,19 @@ class EngineCore:
         if not chunks:
             return events
         model_s = self._runner.model_s
-        rows, samplers = sample_rows(chunks)
+        rows = step_rows(chunks)
         batch = make_batch(chunks, self.block_size)
-        sampled = self._runner.execute(batch, rows)
+        sampled, scores = self._runner.execute(batch, rows.samples, rows.scores)
         self._watch(chunks, started, self._runner.model_s - model_s)
         for chunk in chunks:
             self.scheduler.computed(chunk)
+            self._partial_prefills += chunk.sequence.num_uncomputed > 0
+        for sequence, logprobs in zip(rows.scored, scores, strict=True):
+            assert sequence.prompt_logprobs is not None
+            sequence.prompt_logprobs.append(logprobs)
         handed_over: dict[str, list[SampledToken]] = {}
         prefill = Purpose.PREFILL  # reached once: a look-up in an enum costs more than all else in these loops
-        for sequence, token in zip(samplers, sampled, strict=True):
+        for sequence, token in zip(rows.samplers, sampled, strict=True):
             if sequence.purpose is prefill:
                 handed_over.setdefault(sequence.request_id, []).append(token)
             else:
@@ -201,7 +220,6 @@ class EngineCore:
         for chunk in chunks:
             if chunk.sequence.purpose is prefill:
                 events.append(self._progress(chunk.sequence, handed_over.get(chunk.sequence.request_id)))
-        self._partial_prefills += len(chunks) - len(batch.logit_rows)
         self._account(chunks, self._clock() - started)
         return events
 
@@ -319,6 +337,7 @@ class EngineCore:
             finish_reason=finish_reason,
             cached_tokens=sequence.cached_tokens or 0,
             prefill=self._take_timing(sequence),
+            prompt_logprobs=_take_prompt_logprobs(sequence),
         )
 
     def _account(self, chunks: list[ScheduledChunk], seconds: float) -> None:
@@ -331,6 +350,12 @@ class EngineCore:
         if prefill_tokens:
             self._pacer.took(seconds)
             self.scheduler.prefill_chunk_tokens = self._pacer.chunk_tokens
+
+
+def _take_prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprobs, ...] | None:
+    """Those of a prompt whose first token has just been sampled; from now on the sequence is like any other."""
+    logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+    return None if logprobs is None else tuple(logprobs)
 
 
 def _finish_reason(

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from services.core.types import SampledToken
+from services.core.types import SampledToken, TokenLogprobs
 from services.engine.batch import StepBatch
 from services.engine.models.decoder import Decoder
-from services.engine.sampler import SampleRow, sample
+from services.engine.sampler import SampleRow, ScoreRow, sample, score
 
 
 class ModelRunner:
@@ -28,9 +28,11 @@ class ModelRunner:
         self.model_s = 0.0
 
     @torch.inference_mode()
-    def execute(self, batch: StepBatch, rows: Sequence[SampleRow]) -> list[SampledToken]:
-        """Computes one step and chooses a token for each row."""
+    def execute(
+        self, batch: StepBatch, samples: Sequence[SampleRow], scores: Sequence[ScoreRow] = ()
+    ) -> tuple[list[SampledToken], list[TokenLogprobs]]:
+        """Computes one step; chooses a token for each sample and gives the logprobs of each score's."""
         started = time.perf_counter()
         logits = self.decoder.forward(batch, self.pool, self.layout)
         self.model_s += time.perf_counter() - started
-        return sample(logits, rows) if rows else []
+        return sample(logits, samples) if samples else [], score(logits, scores)

@@ -9,6 +9,7 @@ Knows nothing of batches beyond its rows. Source: Gumbel-max sampling; filter or
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -40,6 +41,19 @@ class SampleRow:
     @property
     def is_adjusted(self) -> bool:
         return bool(self.held_back or self.params.logit_bias or self.params.has_penalties)
+
+
+class ScoreRow(NamedTuple):
+    """A known token whose logprobs are wanted: under row `logit_row` of the step's logits, beside those of the num_top best."""
+
+    logit_row: int
+    token_id: int
+    num_top: int
+
+
+def score(logits: torch.Tensor, rows: Sequence[ScoreRow]) -> list[TokenLogprobs]:
+    """Logprobs of known tokens from fp32 logits [R, V]."""
+    return [_logprobs(logits[row], token_id, num_top) for row, token_id, num_top in rows]
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:

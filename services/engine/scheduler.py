@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from services.engine.block_pool import BlockPool
 from services.engine.sequence import Purpose, Sequence
 
+# Each token of a scored chunk has a row of logits: 128,000 fp32 numbers with the larger vocabularies.
+SCORED_CHUNK_TOKENS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
@@ -125,7 +128,7 @@ class Scheduler:
         budget = self.prefill_chunk_tokens
         for sequence in self.running:
             if sequence.num_uncomputed > 1 and budget:
-                num_tokens = min(sequence.num_uncomputed, budget)
+                num_tokens = _chunk_tokens(sequence, budget)
                 budget -= num_tokens
                 prefills.append(ScheduledChunk(sequence, num_tokens))
         while not preempted and self.waiting and self._has_place:
@@ -135,7 +138,7 @@ class Scheduler:
                 break  # nobody overtakes: a long prompt would starve behind short ones
             if not is_computed_here:
                 continue
-            num_tokens = min(sequence.num_uncomputed, budget)
+            num_tokens = _chunk_tokens(sequence, budget)
             budget -= num_tokens
             prefills.append(ScheduledChunk(sequence, num_tokens))
         # A last chunk of one token is computed like a decode, and the batch wants those first.
@@ -168,8 +171,8 @@ class Scheduler:
 
     def _find_blocks(self, sequence: Sequence) -> tuple[list[int], int] | None:
         """The cached blocks of a waiting sequence's prefix, and how many new ones all its tokens need; None if there is no room."""
-        # At least one token is computed even if all blocks are cached: somebody has to make the logits.
-        usable = (len(sequence.tokens) - 1) // self.block_size
+        # At least one token is computed even if all blocks are cached: somebody has to make the logits. All are, where all logits count.
+        usable = 0 if sequence.prompt_logprobs is not None else (len(sequence.tokens) - 1) // self.block_size
         shared = self.pool.match_prefix(sequence.hash_full_blocks(self.block_size)[:usable])
         missing = self._num_blocks(len(sequence.tokens)) - len(shared)
         return (shared, missing) if self.pool.can_allocate(missing, shared=shared) else None
@@ -186,7 +189,9 @@ class Scheduler:
         sequence.num_computed = len(shared) * self.block_size
         self.num_cached_tokens += sequence.num_computed
         if sequence.cached_tokens is None:
-            sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_length)
+            sequence.cached_tokens = sequence.num_computed
+        if sequence.prompt_logprobs:
+            sequence.prompt_logprobs.clear()  # preempted in its prompt: it begins again
         self.waiting.remove(sequence)
         if sequence.purpose is Purpose.RECEIVE:
             self.reserved[sequence.request_id] = sequence
@@ -208,6 +213,11 @@ class Scheduler:
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+
+def _chunk_tokens(sequence: Sequence, budget: int) -> int:
+    most = budget if sequence.prompt_logprobs is None else min(budget, SCORED_CHUNK_TOKENS)
+    return min(sequence.num_uncomputed, most)
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from services.core.prefix_hash import ROOT, chain_hashes, pack_tokens
-from services.core.types import SamplingParams
+from services.core.types import SamplingParams, TokenLogprobs
 from services.engine.timing import PrefillWatch
 
 
@@ -19,12 +19,22 @@ class Purpose(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """What is submitted to an engine. `prefix_key` decides with whom its KV blocks may be shared (core/prefix_hash)."""
+    """What is submitted to an engine.
+
+    prefix_key         with whom its KV blocks may be shared (core/prefix_hash); None: the engine's own, for the model without a tenant
+    output_token_ids   what another engine has generated already; the only choice goes on after them, as if it had been here all along
+    """
 
     request_id: str
     prompt_token_ids: Tokens[int]
     sampling: SamplingParams
-    prefix_key: bytes | None = None  # None: the engine's own, for the model without a tenant
+    prefix_key: bytes | None = None
+    output_token_ids: Tokens[int] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """That have to be computed before the next one can be chosen."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -36,6 +46,7 @@ class Sequence:
     block_hashes    hashes of the full blocks of `tokens`, as far as they have been needed
     num_sealed      leading blocks whose content is published in the pool
     watch           measures the prefill until the first token; None afterwards, and for further choices
+    prompt_logprobs of the prompt's tokens but the first, as far as they have been computed; None: not asked for, or told already
     stop_ids        tokens that end the sequence
     """
 
@@ -56,6 +67,7 @@ class Sequence:
     num_sealed: int = 0
     cached_tokens: int | None = None  # None until first admitted
     watch: PrefillWatch | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
     @property
     def num_output_tokens(self) -> int:

@@ -4,13 +4,14 @@ Reads sequences and changes none. Knows nothing of pools or of what becomes of a
 """
 
 from collections.abc import Sequence as List
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from services.core.noise import choice_seed
 from services.engine.batch import StepBatch
-from services.engine.sampler import SampleRow
+from services.engine.sampler import SampleRow, ScoreRow
 from services.engine.scheduler import ScheduledChunk
 from services.engine.sequence import Sequence
 
@@ -26,8 +27,8 @@ def make_batch(chunks: List[ScheduledChunk], block_size: int) -> StepBatch:
         token_ids.extend(sequence.tokens[start:end])
         positions.extend(range(start, end))
         slots.extend(sequence.block_ids[p // block_size] * block_size + p % block_size for p in range(start, end))
-        if end == len(sequence.tokens):
-            logit_rows.append(len(token_ids) - 1)
+        num_rows = _num_logit_rows(chunk)
+        logit_rows.extend(range(len(token_ids) - num_rows, len(token_ids)))
     return StepBatch(
         token_ids=np.array(token_ids, dtype=np.int64),
         positions=np.array(positions, dtype=np.int64),
@@ -52,23 +53,47 @@ def trial_batch(positions: npt.NDArray[np.int64]) -> StepBatch:
     )
 
 
-def sample_rows(chunks: List[ScheduledChunk]) -> tuple[list[SampleRow], list[Sequence]]:
-    """A row for every sequence whose last token this step computes, and one for each further choice that starts there."""
-    rows: list[SampleRow] = []
-    samplers: list[Sequence] = []
-    logit_row = 0
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """What is wanted of a step's logits. `samplers` are the sequences of `samples`, `scored` those of `scores`, entry by entry."""
+
+    samples: list[SampleRow]
+    samplers: list[Sequence]
+    scores: list[ScoreRow]
+    scored: list[Sequence]
+
+
+def step_rows(chunks: List[ScheduledChunk]) -> StepRows:
+    """A sample for every sequence whose last token this step computes, and one for each further choice that starts there; a score for
+    every token of a prompt whose logprobs are wanted."""
+    rows = StepRows([], [], [], [])
+    next_row = 0
     for chunk in chunks:
         sequence = chunk.sequence
+        first_row, next_row = next_row, next_row + _num_logit_rows(chunk)
+        if sequence.prompt_logprobs is not None:
+            num_top = sequence.sampling.prompt_logprobs
+            assert num_top is not None
+            # Each position tells of the token after it.
+            following = sequence.tokens[sequence.num_computed + 1 : sequence.num_computed + 1 + chunk.num_tokens]
+            rows.scores.extend(ScoreRow(row, token_id, num_top) for row, token_id in enumerate(following, first_row))
+            rows.scored.extend([sequence] * len(following))
         if chunk.num_tokens < sequence.num_uncomputed:
             continue
         group = [sequence]
         if sequence.choice == 0 and sequence.num_output_tokens == 0:
             group += further_choices(sequence)
         for member in group:
-            rows.append(_sample_row(member, logit_row))
-            samplers.append(member)
-        logit_row += 1
-    return rows, samplers
+            rows.samples.append(_sample_row(member, next_row - 1))
+            rows.samplers.append(member)
+    return rows
+
+
+def _num_logit_rows(chunk: ScheduledChunk) -> int:
+    """Of the chunk's last tokens, how many have their logits looked at."""
+    if chunk.sequence.prompt_logprobs is not None:
+        return chunk.num_tokens
+    return int(chunk.num_tokens == chunk.sequence.num_uncomputed)
 
 
 def further_choices(first: Sequence) -> list[Sequence]:

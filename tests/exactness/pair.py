@@ -81,7 +81,7 @@ class Pair:
             else:
                 assert isinstance(event, TokenEvent) and core is self.decode
                 request = self._requests[event.request_id]
-                take(event, self._outputs[event.request_id, event.choice], len(request.prompt_token_ids))
+                take(event, self._outputs[event.request_id, event.choice], request.num_tokens)
 
     def _move(self, progress: PrefillProgress) -> None:
         """Copies the blocks that are complete and not there yet; then all has landed, or the rest is given up."""

@@ -31,6 +31,8 @@ from tests.exactness.workloads import (
     check_balanced,
     check_identical,
     make_core,
+    prepend_received,
+    received,
     run,
     run_alone,
 )
@@ -195,30 +197,13 @@ def test_choices_when_n_is_three_equal_requests_with_their_seeds(workload: Workl
 
 @only_llama
 def test_tokens_when_continued_from_received_tokens_are_identical(workload: Workload) -> None:
-    """What a router does when a worker dies: the tokens received so far become the prompt, and the same seed goes on."""
-    # Output penalties and min_tokens count from the end of the prompt, which moves; they need more than tokens to be continued.
-    requests = [
-        request
-        for request in workload.requests
-        if not (request.sampling.frequency_penalty or request.sampling.presence_penalty or request.sampling.min_tokens)
-    ]
-    received = {request.request_id: 1 + index % 40 for index, request in enumerate(requests)}
-    continued = [
-        replace(
-            request,
-            prompt_token_ids=(*request.prompt_token_ids, *workload.baseline.tokens[request.request_id][: received[request.request_id]]),
-            sampling=replace(request.sampling, max_tokens=(request.sampling.max_tokens or 0) - received[request.request_id]),
-        )
-        for request in requests
-    ]
+    """What a router does when a worker dies: another one goes on from the tokens received so far, penalties and min_tokens included."""
+    continued = received(workload.requests, workload.baseline)
     core = make_core(workload.decoder)
     outputs = run(core, continued)
-    for request in requests:
-        output = outputs[request.request_id, 0]
-        assert output.finish_reason is FinishReason.LENGTH
-        output.tokens[:0] = workload.baseline.tokens[request.request_id][: received[request.request_id]]
-    check_all_identical(workload.baseline, requests, outputs)
-    assert check_balanced(core).largest_batch == min(64, len(requests))
+    prepend_received(outputs, continued)
+    check_all_identical(workload.baseline, workload.requests, outputs)
+    assert check_balanced(core).largest_batch == min(64, len(continued))
 
 
 @pytest.mark.parametrize("workload", ["bf16"], indirect=True)

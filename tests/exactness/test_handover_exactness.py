@@ -14,7 +14,7 @@ from services.engine.core import EngineCore
 from services.engine.sequence import EngineRequest
 from tests.exactness.pair import Pair, Plan, Way
 from tests.exactness.test_engine_exactness import each_fp32, only_llama, spread
-from tests.exactness.workloads import BLOCK_SIZE, Workload, check_all_identical, make_core, run_alone
+from tests.exactness.workloads import BLOCK_SIZE, Workload, check_all_identical, make_core, prepend_received, received, run_alone
 
 
 def make_pair(workload: Workload, *, prefill_blocks: int = 900, decode_blocks: int = 2000, max_num_seqs: int = 64) -> Pair:
@@ -58,6 +58,20 @@ def test_tokens_when_prompts_are_computed_elsewhere_with_cold_and_warm_caches_ar
             assert computed_tokens(pair.prefill) - computed > full_blocks(requests) * BLOCK_SIZE // 2
         stats = pair.decode.stats()
         assert (stats.prefill_tokens, stats.partial_prefills, stats.preemptions) == (0, 0, 0)  # decode computed no prompt
+
+
+@only_llama
+def test_tokens_when_continued_requests_are_computed_elsewhere_are_identical(workload: Workload) -> None:
+    """A decode worker dies: prompt and received tokens are computed on prefill for another one, which goes on; some of them there, after all."""
+    continued = received(workload.requests, workload.baseline)
+    ways = (Plan(), Plan(way=Way.COMPUTE_HERE, give_up_at=2 * BLOCK_SIZE), Plan())
+    plans = {request.request_id: ways[index % len(ways)] for index, request in enumerate(continued)}
+    pair = make_pair(workload)
+    outputs = pair.run(continued, plans)
+    prepend_received(outputs, continued)
+    check_all_identical(workload.baseline, workload.requests, outputs)
+    assert pair.num_blocks_moved > len(continued)
+    assert pair.num_gave_up == len(continued) // 3
 
 
 @only_llama

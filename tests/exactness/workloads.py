@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import kernels
-from services.core.types import FinishReason, SampledToken, SamplingParams, TokenEvent
+from services.core.types import FinishReason, SampledToken, SamplingParams, TokenEvent, TokenLogprobs
 from services.engine.batch import StepBatch
 from services.engine.core import EngineCore
 from services.engine.model_runner import ModelRunner
 from services.engine.models.decoder import Decoder
-from services.engine.sampler import SampleRow, _adjust, filter_logits, sample
+from services.engine.sampler import SampleRow, ScoreRow, _adjust, filter_logits, sample, score
 from services.engine.sequence import EngineRequest
 from services.engine.settings import EngineSettings
 from services.engine.stats import EngineStats
@@ -76,12 +76,14 @@ class RecordingRunner(ModelRunner):
         self.chosen: list[tuple[torch.Tensor, SampleRow, int]] = []
 
     @torch.inference_mode()
-    def execute(self, batch: StepBatch, rows: Sequence[SampleRow]) -> list[SampledToken]:
+    def execute(
+        self, batch: StepBatch, samples: Sequence[SampleRow], scores: Sequence[ScoreRow] = ()
+    ) -> tuple[list[SampledToken], list[TokenLogprobs]]:
         logits = self.decoder.forward(batch, self.pool, self.layout)
-        sampled = sample(logits, rows) if rows else []
-        for row, token in zip(rows, sampled, strict=True):
+        sampled = sample(logits, samples) if samples else []
+        for row, token in zip(samples, sampled, strict=True):
             self.chosen.append((logits[row.logit_row].clone(), replace(row, tokens=tuple(row.tokens)), token.token_id))
-        return sampled
+        return sampled, score(logits, scores)
 
     @torch.inference_mode()
     def take_margins(self) -> list[float]:
@@ -200,7 +202,7 @@ def run(
     """Steps the core until it has no work. `arrivals` says before which step a request comes, if not the first."""
     arrivals = arrivals or {}
     coming = sorted(requests, key=lambda request: arrivals.get(request.request_id, 0))
-    prompt_lengths = {request.request_id: len(request.prompt_token_ids) for request in requests}
+    lengths = {request.request_id: request.num_tokens for request in requests}
     outputs: Outputs = {(request.request_id, choice): Output() for request in requests for choice in range(request.sampling.n)}
     step = computed = 0
     while coming or core.has_work:
@@ -213,7 +215,7 @@ def run(
         if core.has_work:
             for event in core.step():
                 assert isinstance(event, TokenEvent)
-                take(event, outputs[event.request_id, event.choice], prompt_lengths[event.request_id])
+                take(event, outputs[event.request_id, event.choice], lengths[event.request_id])
             if step % 8 == 0:
                 stats = core.stats()
                 assert stats.blocks_free + stats.blocks_cached + stats.blocks_owned + stats.blocks_quarantined == stats.blocks_total
@@ -224,13 +226,26 @@ def run(
     return outputs
 
 
-def take(event: TokenEvent, output: Output, prompt_length: int) -> None:
+def take(event: TokenEvent, output: Output, num_given_tokens: int) -> None:
     """Adds an event to what its choice has returned; nothing may be lost, come twice or come after the end."""
     assert output.finish_reason is None
     assert event.token_id is not None
-    assert event.position == prompt_length + len(output.tokens)
+    assert event.position == num_given_tokens + len(output.tokens)
     output.tokens.append(event.token_id)
     output.finish_reason, output.cached_tokens = event.finish_reason, event.cached_tokens
+
+
+def received(requests: Sequence[EngineRequest], baseline: Baseline) -> list[EngineRequest]:
+    """The requests as they go on elsewhere after 1 … 40 tokens of the baseline."""
+    return [
+        replace(request, output_token_ids=baseline.tokens[request.request_id][: 1 + index % 40]) for index, request in enumerate(requests)
+    ]
+
+
+def prepend_received(outputs: Outputs, continued: Sequence[EngineRequest]) -> None:
+    """Gives the outputs of continued requests the tokens that they went on from."""
+    for request in continued:
+        outputs[request.request_id, 0].tokens[:0] = request.output_token_ids
 
 
 def check_balanced(core: EngineCore) -> EngineStats:

@@ -28,6 +28,7 @@ RANGES: dict[str, tuple[str, list[float], list[float]]] = {
     "seed": (f"[0, {MAX_SEED}]", [0, MAX_SEED], [-1, MAX_SEED + 1, 10**400]),
     "max_tokens": ("[1, ∞)", [1, 10**6], [0, -1]),
     "logprobs": (f"[0, {MAX_LOGPROBS}]", [0, MAX_LOGPROBS], [-1, MAX_LOGPROBS + 1]),
+    "prompt_logprobs": (f"[0, {MAX_LOGPROBS}]", [0, MAX_LOGPROBS], [-1, MAX_LOGPROBS + 1]),
 }
 ACCEPTED = [(field, value) for field, (_, values, _) in RANGES.items() for value in values]
 REFUSED = [(field, limits, value) for field, (limits, _, values) in RANGES.items() for value in [*values, NAN, INF, -INF]]

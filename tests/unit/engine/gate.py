@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from services.core.types import SampledToken
+from services.core.types import SampledToken, TokenLogprobs
 from services.engine.batch import StepBatch
 from services.engine.core import EngineCore
-from services.engine.sampler import SampleRow
+from services.engine.sampler import SampleRow, ScoreRow
 
 TIMEOUT_S = 30.0  # how long a broken engine may hang before a test fails
 
@@ -25,13 +25,15 @@ class Gate:
         self._execute = core._runner.execute
         monkeypatch.setattr(core._runner, "execute", self.execute)
 
-    def execute(self, batch: StepBatch, rows: Sequence[SampleRow]) -> list[SampledToken]:
+    def execute(
+        self, batch: StepBatch, samples: Sequence[SampleRow], scores: Sequence[ScoreRow] = ()
+    ) -> tuple[list[SampledToken], list[TokenLogprobs]]:
         self._arrived.release()
         if not self._is_open.is_set():
             assert self._permits.acquire(timeout=TIMEOUT_S)
         if self.fails:
             raise RuntimeError("a secret of the engine thread")
-        return self._execute(batch, rows)
+        return self._execute(batch, samples, scores)
 
     async def wait_step(self) -> None:
         """Until the engine thread stands before a step."""

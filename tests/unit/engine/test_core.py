@@ -1,6 +1,7 @@
 """EngineCore with a real tiny model and no threads: requests in, events out, books balanced after every step."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ from kernels.reference import gumbel_noise
 from services.core.errors import InvalidRequest
 from services.core.noise import choice_seed
 from services.core.prefix_hash import prefix_key
-from services.core.types import FinishReason, SamplingParams, TokenEvent
+from services.core.types import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 from services.engine.core import EngineCore
 from services.engine.pacing import LONG_STEP_S
-from services.engine.sequence import EngineRequest
+from services.engine.sequence import EngineRequest, Purpose
 from services.engine.settings import EngineSettings
 
 MakeCore = Callable[..., EngineCore]
@@ -373,3 +374,72 @@ def test_calibrate_computes_a_prompt_and_a_single_token_so_that_no_request_waits
     core.calibrate()
     assert [1] in query_lens
     assert [16] in query_lens
+
+
+def prompt_logprobs(core: EngineCore, request: EngineRequest) -> tuple[TokenLogprobs, ...]:
+    """Those that came with the first token, and with no other."""
+    events = generate(core, request)[request.request_id, 0]
+    assert events[0].prompt_logprobs is not None
+    assert all(event.prompt_logprobs is None for event in events[1:])
+    return events[0].prompt_logprobs
+
+
+@pytest.mark.parametrize("chunk_tokens", [16, 32, 512])
+def test_prompt_logprobs_when_the_prompt_was_generated_equal_those_of_its_generation(make_core: MakeCore, chunk_tokens: int) -> None:
+    core = make_core(prefill_chunk_tokens=chunk_tokens)
+    generated = generate(core, make_request(max_tokens=50, temperature=0.0, ignore_eos=True, logprobs=3))["r", 0]
+    prompt = [*PROMPT, *[event.token_id for event in generated if event.token_id is not None]]
+    before = core.stats().cached_tokens
+    logprobs = prompt_logprobs(core, make_request("scored", prompt, max_tokens=3, prompt_logprobs=3, ignore_eos=True))
+    assert core.stats().cached_tokens == before, "the whole prompt was computed, though it was cached"
+    assert len(logprobs) == len(prompt) - 1
+    for scored, event in zip(logprobs[len(PROMPT) - 1 :], generated, strict=True):
+        assert event.logprobs is not None
+        assert scored.chosen == pytest.approx(event.logprobs.chosen, abs=1e-5)
+        assert [token_id for token_id, _ in scored.top] == [token_id for token_id, _ in event.logprobs.top]
+
+
+def test_prompt_logprobs_when_preempted_in_the_prompt_or_beside_others_are_the_same(make_core: MakeCore) -> None:
+    prompt = [3 + index * 7 % 100 for index in range(70)]
+    alone = prompt_logprobs(make_core(), make_request("r", prompt, max_tokens=2, prompt_logprobs=0, ignore_eos=True))
+    assert all(entry.top == () for entry in alone)
+    # Blocks for 96 tokens in all: the older request grows to 65 and takes those of the younger one, which is in its prompt.
+    core = make_core(kv_memory_bytes=6 * BLOCK_BYTES, max_model_len=96, prefill_chunk_tokens=16)
+    core.add(make_request("older", [9] * 15, max_tokens=50, ignore_eos=True))
+    core.add(make_request("r", prompt, max_tokens=2, prompt_logprobs=0, ignore_eos=True))
+    events = drain(core)["r", 0]
+    assert events[0].prompt_logprobs is not None
+    for one, other in zip(events[0].prompt_logprobs, alone, strict=True):
+        assert one.chosen == pytest.approx(other.chosen, abs=1e-5)
+    assert core.stats().preemptions > 0
+
+
+def test_prompt_logprobs_when_there_are_choices_come_with_the_first_one_only(make_core: MakeCore) -> None:
+    choices = generate(make_core(), make_request(n=3, max_tokens=3, prompt_logprobs=1, ignore_eos=True))
+    assert [events[0].prompt_logprobs is not None for events in choices.values()] == [True, False, False]
+
+
+@pytest.mark.parametrize("purpose", [Purpose.PREFILL, Purpose.RECEIVE])
+def test_prompt_logprobs_when_another_engine_generates_are_refused(make_core: MakeCore, purpose: Purpose) -> None:
+    with pytest.raises(InvalidRequest, match="prompt_logprobs"):
+        make_core().validate(make_request(prompt_logprobs=0), purpose)
+
+
+@pytest.mark.parametrize(
+    ("output", "sampling", "field"),
+    [
+        ([5], {"n": 2}, "n"),
+        ([VOCAB_SIZE], {}, "output_token_ids"),
+        ([-1], {}, "output_token_ids"),
+        ([5] * 4, {"max_tokens": 4}, "output_token_ids"),
+        ([5] * (CONTEXT_TOKENS - len(PROMPT)), {}, "prompt"),
+    ],
+)
+def test_validate_when_nothing_can_follow_what_another_engine_made_refuses(
+    make_core: MakeCore, output: list[int], sampling: dict[str, int], field: str
+) -> None:
+    core = make_core()
+    with pytest.raises(InvalidRequest) as caught:
+        core.validate(replace(make_request(**sampling), output_token_ids=output))
+    assert caught.value.field == field
+    core.validate(replace(make_request(max_tokens=5), output_token_ids=[5] * 4))

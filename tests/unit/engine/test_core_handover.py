@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from services.core.errors import InvalidRequest
-from services.core.types import FinishReason, PrefillTiming, SampledToken, SamplingParams, TokenEvent
+from services.core.types import FinishReason, PrefillTiming, SampledToken, SamplingParams, TokenEvent, TokenLogprobs
 from services.engine.batch import StepBatch
 from services.engine.core import EngineCore
 from services.engine.events import Event, PrefillProgress, Reserved
-from services.engine.sampler import SampleRow
+from services.engine.sampler import SampleRow, ScoreRow
 from services.engine.sequence import EngineRequest, Purpose
 from services.engine.settings import EngineSettings
 
@@ -346,9 +346,11 @@ def clocked_core(core: EngineCore, clock: SteppedClock, *, model_s: float) -> En
     runner = core._runner
     execute = runner.execute
 
-    def timed(batch: StepBatch, rows: Sequence[SampleRow]) -> list[SampledToken]:
+    def timed(
+        batch: StepBatch, samples: Sequence[SampleRow], scores: Sequence[ScoreRow] = ()
+    ) -> tuple[list[SampledToken], list[TokenLogprobs]]:
         before = runner.model_s
-        sampled = execute(batch, rows)
+        sampled = execute(batch, samples, scores)
         runner.model_s = before + model_s
         clock.now += model_s
         return sampled
