@@ -75,6 +75,10 @@ async def _measure(runs: int) -> list[Figure]:
     ]
 
 
+def _cannot_be() -> None:
+    raise AssertionError("a reader of this benchmark was too slow")
+
+
 async def _through_frames(address: str) -> float:
     """Tokens/s from the source to 64 readers behind one session."""
     up = asyncio.Event()
@@ -95,9 +99,9 @@ async def _through_frames(address: str) -> float:
         started = time.perf_counter()
         readers = []
         for _ in range(REQUESTS):
-            stream = RequestStream(prompt_tokens=1, num_choices=1)
+            stream = RequestStream([1], on_slow_reader=_cannot_be)
             start = decode_pb2.Start(token_ids=convert.token_ids_to_proto([1]), sampling=common_pb2.SamplingParams(max_tokens=FRAME_TOKENS))
-            session.start(start, stream, 1)
+            session.start(start, stream, [0])
             readers.append(read(stream))
         count = sum(await asyncio.gather(*readers))
         seconds = time.perf_counter() - started

@@ -20,6 +20,7 @@ class FrameBuilder:
         self._logprobs: list[decode_pb2.EntryLogprobs] = []
         self._endings: list[decode_pb2.Ending] = []
         self._prefilled: list[decode_pb2.Prefilled] = []
+        self._prompt_logprobs: list[decode_pb2.PromptLogprobs] = []
 
     @property
     def num_tokens(self) -> int:
@@ -30,9 +31,12 @@ class FrameBuilder:
         return not (self._handles or self._endings or self._prefilled)
 
     def add_token(self, handle: int, event: TokenEvent) -> None:
-        """One token of the choice `handle`, and its end if it is the last."""
+        """One token of the choice `handle`, what comes with it, and its end if it is the last."""
         assert event.token_id is not None
         assert event.position is not None
+        if event.prompt_logprobs is not None:
+            logprobs = map(convert.logprobs_to_proto, event.prompt_logprobs)
+            self._prompt_logprobs.append(decode_pb2.PromptLogprobs(handle=handle, logprobs=logprobs))
         if event.logprobs is not None:
             entry = decode_pb2.EntryLogprobs(entry=len(self._handles), logprobs=convert.logprobs_to_proto(event.logprobs))
             self._logprobs.append(entry)
@@ -58,6 +62,7 @@ class FrameBuilder:
             logprobs=self._logprobs,
             endings=self._endings,
             prefilled=self._prefilled,
+            prompt_logprobs=self._prompt_logprobs,
             load=load,
         )
         self._clear()

@@ -100,6 +100,7 @@ class PrefillClient:
                 endpoint=convert.endpoint_to_proto(self._receiver.endpoint),
             ),
             trace_context=start.trace_context,
+            prompt_length=start.prompt_length,
         )
         accepted = prefill_pb2.PrefillAccepted()
         done: prefill_pb2.PrefillDone | None = None

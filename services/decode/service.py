@@ -38,12 +38,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         yield decode_pb2.StepFrame(hello=welcome, load=worker.load())
         async with asyncio.TaskGroup() as tasks:
             session = RouterSession(worker, self._prefill, tasks, name=name)
-            reader = tasks.create_task(session.obey(commands))
+            readers = (tasks.create_task(session.obey(commands)), tasks.create_task(session.watch_silence()))
             self._sessions.add(session)
             try:
                 async for frame in session.frames():
                     yield frame
             finally:
                 self._sessions.discard(session)
-                reader.cancel()
+                for reader in readers:
+                    reader.cancel()
                 session.close()

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from protos.baton.v1 import decode_pb2
-from services.core.errors import BatonError, DeadlineExceeded, Draining, InvalidRequest, ResourceExhausted
+from services.core.errors import BatonError, DeadlineExceeded, Draining, InvalidRequest, PeerUnavailable, ResourceExhausted
 from services.core.types import TokenEvent
 from services.decode.frames import FrameBuilder
 from services.decode.remote_prefill import PrefillClient, PrefillFailed
@@ -22,7 +22,7 @@ from services.engine.events import Event, PrefillProgress, Reserved
 from services.engine.sequence import EngineRequest
 from services.mesh import convert, status
 from services.mesh.kv_transport import IncomingTransfer
-from services.mesh.streams import HEARTBEAT_S
+from services.mesh.streams import HEARTBEAT_S, SILENCE_S, Listening
 from services.worker.runtime import Worker
 
 # A router that has not read this many tokens has stopped reading.
@@ -38,7 +38,7 @@ class RunningRequest:
 
     start: decode_pb2.Start
     engine_id: str
-    prompt_tokens: int
+    num_tokens: int  # to be computed before the first new one
     open_choices: set[int]
     deadline: asyncio.TimerHandle | None = None
     prefilling: asyncio.Task[None] | None = None  # while a peer computes the prompt, and until it is fenced
@@ -59,6 +59,7 @@ class RouterSession:
         self._frame = FrameBuilder()
         self._wake = asyncio.Event()
         self._written = asyncio.Event()  # a frame has been, or the session has ended
+        self._listening = Listening()
         self._ended = False
         self._is_writing = self._is_cut_off = False
         self._load_sent_at = 0.0
@@ -73,17 +74,25 @@ class RouterSession:
         """Carries out the router's commands until it closes its side."""
         try:
             async for command in commands:
+                self._listening.heard()
                 match command.WhichOneof("kind"):
                     case "start":
                         self._start(command.start)
                     case "cancel":
                         self._cancel(command.cancel.handle)
+                    case "heartbeat":
+                        pass
                     case _:
-                        raise InvalidRequest("kind", "only start and cancel follow hello")
+                        raise InvalidRequest("kind", "only start, cancel and heartbeat follow hello")
         finally:
             self._ended = True
             self._wake.set()
             self._written.set()
+
+    async def watch_silence(self) -> None:
+        """Raises PeerUnavailable when the router has said nothing for SILENCE_S: frozen or cut off, it must not keep blocks here."""
+        await self._listening.wait_silence()
+        raise PeerUnavailable(f"the router has said nothing for {SILENCE_S} s")
 
     async def frames(self) -> AsyncGenerator[decode_pb2.StepFrame, None]:
         """A frame whenever there is something to say, else one each HEARTBEAT_S; ends with the router's side."""
@@ -122,12 +131,14 @@ class RouterSession:
 
     def _admit(self, start: decode_pb2.Start) -> None:
         sampling = convert.sampling_from_proto(start.sampling)
-        prompt = convert.token_ids_from_proto(start.token_ids, "token_ids")
+        token_ids = convert.token_ids_from_proto(start.token_ids, "token_ids")
+        prompt, output = convert.split_prompt(token_ids, start.prompt_length)
         engine_request = EngineRequest(
             request_id=f"{self._name}/{start.handle}",
             prompt_token_ids=prompt,
             sampling=sampling,
             prefix_key=start.prefix_key or None,
+            output_token_ids=output,
         )
         engine = self._worker.engine
         if start.candidates:
@@ -136,7 +147,7 @@ class RouterSession:
             engine.submit(engine_request, listener=self._hear)
         self._last_handle = start.handle + sampling.n - 1
         request = RunningRequest(
-            start=start, engine_id=engine_request.request_id, prompt_tokens=len(prompt), open_choices=set(range(sampling.n))
+            start=start, engine_id=engine_request.request_id, num_tokens=len(token_ids), open_choices=set(range(sampling.n))
         )
         request.prefilled.handle = start.handle
         self._by_handle[start.handle] = self._by_engine_id[request.engine_id] = request
@@ -220,7 +231,7 @@ class RouterSession:
             return  # dropped a moment ago; its abort is on the way to the engine
         request.prefilled.decode_queue_s = event.queue_s
         request.prefilled.decode_cached_tokens = event.num_cached_tokens
-        if request.prompt_tokens - event.num_cached_tokens <= request.start.local_prefill_tokens:
+        if request.num_tokens - event.num_cached_tokens <= request.start.local_prefill_tokens:
             self._worker.engine.compute_here(request.engine_id, num_landed_tokens=event.num_cached_tokens)
             return
         request.prefilling = self._tasks.create_task(self._prefill_elsewhere(request, event))

@@ -23,6 +23,7 @@ _OPTIONAL = (
     "n",
     "max_tokens",
     "logprobs",
+    "prompt_logprobs",
 )
 
 MAX_U32 = 2**32 - 1
@@ -72,6 +73,14 @@ def sampling_to_proto(params: SamplingParams) -> common_pb2.SamplingParams:
         if value is not None:
             setattr(message, name, value)
     return message
+
+
+def split_prompt(token_ids: list[int], prompt_length: int) -> tuple[list[int], list[int]]:
+    """The prompt of a Start or PrefillRequest, and the tokens that the choice has already. Raises InvalidRequest for a length beyond."""
+    if prompt_length > len(token_ids):
+        raise InvalidRequest("prompt_length", f"{prompt_length} is more than the {len(token_ids)} tokens", limit=len(token_ids))
+    split = prompt_length or len(token_ids)
+    return token_ids[:split], token_ids[split:]
 
 
 def token_ids_to_proto(token_ids: Iterable[int]) -> common_pb2.TokenIds:

@@ -1,7 +1,7 @@
 """Reading a stream while watching the clock: silence is a fact of its own, a heartbeat to send or a death to notice."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import TypeVar
 
 _Item = TypeVar("_Item")
@@ -10,6 +10,27 @@ _Item = TypeVar("_Item")
 HEARTBEAT_S = 0.5
 # … and a peer that has said nothing for this long counts as frozen.
 SILENCE_S = 3.0
+
+
+class Listening:
+    """Notices when a peer has said nothing for SILENCE_S. Whoever reads the stream calls heard() for everything that comes.
+
+    Counts its own ticks instead of looking at a clock: a process that was itself stopped for a while then blames nobody else for it.
+    """
+
+    def __init__(self) -> None:
+        self._silent_ticks = 0
+
+    def heard(self) -> None:
+        self._silent_ticks = 0
+
+    async def wait_silence(self, on_tick: Callable[[], object] | None = None) -> None:
+        """Returns when the peer counts as frozen; calls `on_tick` each HEARTBEAT_S until then."""
+        while self._silent_ticks * HEARTBEAT_S < SILENCE_S:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._silent_ticks += 1
+            if on_tick is not None:
+                on_tick()
 
 
 async def with_heartbeats(items: AsyncIterator[_Item], interval_s: float = HEARTBEAT_S) -> AsyncGenerator[_Item | None, None]:

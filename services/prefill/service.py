@@ -42,14 +42,16 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             raise Incompatible(f"{worker.worker_id} serves another model than the caller, or keeps KV blocks in another form")
         # The caller's id may come twice (a second attempt while the first one ends), and from several callers.
         self._num_calls += 1
-        prompt = convert.token_ids_from_proto(request.token_ids, "token_ids")
+        token_ids = convert.token_ids_from_proto(request.token_ids, "token_ids")
+        prompt, output = convert.split_prompt(token_ids, request.prompt_length)
         engine_request = EngineRequest(
             request_id=f"{request.request_id}#{self._num_calls}",
             prompt_token_ids=prompt,
             sampling=convert.sampling_from_proto(request.sampling),
             prefix_key=request.prefix_key or None,
+            output_token_ids=output,
         )
-        block_ids = _granted_blocks(request.grant, num_blocks=-(-len(prompt) // worker.block_size))
+        block_ids = _granted_blocks(request.grant, num_blocks=-(-len(token_ids) // worker.block_size))
         endpoint = convert.endpoint_from_proto(request.grant.endpoint)
         async with contextlib.AsyncExitStack() as stack:
             # The engine begins while the transfer is agreed. Closed in this order: nothing reads the blocks any more, then the engine

@@ -6,6 +6,7 @@ what a route predicts; one per router, shared with nobody.
 """
 
 from types import TracebackType
+from typing import Self
 
 from services.core.errors import Overloaded, QueueFull
 from services.router.route import Route
@@ -64,13 +65,17 @@ class Place:
     def __init__(self, admission: Admission) -> None:
         self._admission: Admission | None = admission
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def leave(self) -> None:
+        """Gives the place to somebody else; once is enough."""
         admission, self._admission = self._admission, None
         if admission is not None:
             admission.leave()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.leave()
 
 
 def _bounded(seconds: float) -> float:

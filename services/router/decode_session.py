@@ -5,9 +5,7 @@ Knows nothing of text or of choosing.
 """
 
 import asyncio
-import itertools
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,7 +16,7 @@ from services.core.errors import BatonError, PeerUnavailable, SlowReader
 from services.core.types import FinishReason, TokenLogprobs
 from services.mesh import convert, status
 from services.mesh.client import open_channel
-from services.mesh.streams import HEARTBEAT_S, SILENCE_S
+from services.mesh.streams import SILENCE_S, Listening
 
 RECONNECT_S = 0.2
 # Arrivals that wait for a client which does not read; each has a token or more.
@@ -39,14 +37,20 @@ class Arrival(NamedTuple):  # one for each token of each request: a dataclass ta
 
 
 class RequestStream:
-    """What comes down for one attempt of a request; read by one task."""
+    """What comes down for one attempt of a request; read by one task.
 
-    def __init__(self, *, prompt_tokens: int, num_choices: int) -> None:
+    next_positions   of each choice: where its next token belongs in its sequence, prompt included
+    on_slow_reader   called once when too much waits to be read, and is dropped
+    """
+
+    def __init__(self, next_positions: Sequence[int], *, on_slow_reader: Callable[[], object]) -> None:
         self.prefilled: decode_pb2.Prefilled | None = None
-        self._next_position = [prompt_tokens] * num_choices
+        self.prompt_logprobs: Sequence[TokenLogprobs] | None = None
+        self.started: list[range] = []  # handles of each Start that brings something here; the session's to fill
+        self._next_position = list(next_positions)
         self._arrivals: list[Arrival] = []
         self._error: BatonError | None = None
-        self.on_slow_reader: Callable[[], None] = _do_nothing
+        self._on_slow_reader = on_slow_reader
         self._loop = asyncio.get_running_loop()
         self._reader: asyncio.Future[None] | None = None  # waits; an Event would do the same at twice the price
 
@@ -103,9 +107,12 @@ class RequestStream:
 
     def _refuse(self, choice: int, position: int) -> None:
         """Ends the attempt, and says why."""
+        if self._error is not None:
+            return
         if len(self._arrivals) >= MAX_UNREAD_ARRIVALS:
             self.fail(SlowReader(f"{len(self._arrivals)} pieces were not read; at most {MAX_UNREAD_ARRIVALS} are kept"))
-            self.on_slow_reader()
+            self._arrivals.clear()  # without an end they are of no use, and nobody knows when they would be read
+            self._on_slow_reader()
         else:
             self.fail(PeerUnavailable(f"choice {choice} goes on at position {position}, not {self._next_position[choice]}"))
 
@@ -115,8 +122,12 @@ class RequestStream:
             reader.set_result(None)
 
 
-def _do_nothing() -> None:
-    pass
+class _Place(NamedTuple):
+    """Whose tokens a handle's are, and which handles were started with it."""
+
+    stream: RequestStream
+    choice: int
+    handles: range
 
 
 class DecodeSession:
@@ -136,10 +147,10 @@ class DecodeSession:
         self._on_welcome = on_welcome
         self._on_load = on_load
         self._on_lost = on_lost
-        self._streams: dict[int, tuple[RequestStream, int]] = {}  # handle → (stream, choice)
+        self._places: dict[int, _Place] = {}  # by handle
         self._commands: asyncio.Queue[decode_pb2.SessionCommand] = asyncio.Queue()
-        self._handles = itertools.count()
-        self._heard_at = 0.0
+        self._listening = Listening()
+        self._next_handle = 0
         self._idle = asyncio.Event()  # set while no request is in it
         self._idle.set()
         self.is_up = False
@@ -170,45 +181,41 @@ class DecodeSession:
                     said = error.message
                 await asyncio.sleep(RECONNECT_S)
 
-    def start(self, start: decode_pb2.Start, stream: RequestStream, num_choices: int) -> int:
-        """Sends a request and has its tokens brought to `stream`; returns its handle, which `start` also gets.
+    def start(self, start: decode_pb2.Start, stream: RequestStream, choices: Sequence[int]) -> None:
+        """Sends a request, or a part of one, and has its tokens brought to `stream`: its i-th choice is choices[i] there.
 
-        Raises PeerUnavailable while there is no session.
+        Sets start.handle. Raises PeerUnavailable while there is no session.
         """
         if not self.is_up:
             raise PeerUnavailable(f"there is no session with {self._address}")
-        handle = next(self._handles)
-        for _ in range(num_choices - 1):
-            next(self._handles)
-        start.handle = handle
-        for choice in range(num_choices):
-            self._streams[handle + choice] = (stream, choice)
+        handles = range(self._next_handle, self._next_handle + len(choices))
+        self._next_handle = handles.stop
+        start.handle = handles.start
+        for handle, choice in zip(handles, choices, strict=True):
+            self._places[handle] = _Place(stream, choice, handles)
+        stream.started.append(handles)
         self._idle.clear()
-        stream.on_slow_reader = lambda: self.cancel(handle, stream, num_choices)
         self._commands.put_nowait(decode_pb2.SessionCommand(start=start))
-        return handle
 
     async def wait_idle(self) -> None:
         """Until no request is in this session."""
         await self._idle.wait()
 
-    def cancel(self, handle: int, stream: RequestStream, num_choices: int) -> None:
-        """Ends a request, wherever it is; does nothing for one that has ended, or whose session has: its handle may be another's by now."""
-        handles = [handle + choice for choice in range(num_choices) if self._streams.get(handle + choice) == (stream, choice)]
-        for open_handle in handles:
-            del self._streams[open_handle]
+    def cancel(self, stream: RequestStream) -> None:
+        """Ends what was started for a stream, wherever it is; does nothing for what has ended, or whose session has."""
+        for handles in stream.started:
+            if self._remove(stream, handles) and self.is_up:
+                self._commands.put_nowait(decode_pb2.SessionCommand(cancel=decode_pb2.Cancel(handle=handles.start)))
         self._note_idle()
-        if handles and self.is_up:
-            self._commands.put_nowait(decode_pb2.SessionCommand(cancel=decode_pb2.Cancel(handle=handle)))
 
     async def _hold(self, stub: decode_pb2_grpc.DecodeServiceStub) -> None:
         """One session from hello to its end."""
         self._commands = asyncio.Queue()
-        self._handles = itertools.count()
+        self._next_handle = 0
+        self._listening = Listening()
         call = stub.Session()
         try:
             await call.write(decode_pb2.SessionCommand(hello=decode_pb2.SessionHello(router_id=self._router_id)))
-            self._heard_at = time.monotonic()
             # Not a task group: in Python 3.11 one whose task fails while its body ends leaves this task cancelled for good.
             tasks = [asyncio.ensure_future(part) for part in (self._read(call), self._watch_silence(), self._write(call))]
             try:
@@ -226,15 +233,17 @@ class DecodeSession:
 
     async def _read(self, call: "_Call") -> None:
         async for frame in call:
-            self._heard_at = time.monotonic()
+            self._listening.heard()
             self._take(frame)
 
     async def _watch_silence(self) -> None:
         # Beside the reader, not around each of its frames: a hundred of them come in a second, from every worker.
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            if time.monotonic() - self._heard_at > SILENCE_S:
-                raise PeerUnavailable(f"{self._address} has said nothing for {SILENCE_S} s")
+        await self._listening.wait_silence(on_tick=self._send_heartbeat)
+        raise PeerUnavailable(f"{self._address} has said nothing for {SILENCE_S} s")
+
+    def _send_heartbeat(self) -> None:
+        if self._commands.empty():  # else something is said anyway, or nothing is taken any more
+            self._commands.put_nowait(decode_pb2.SessionCommand(heartbeat=decode_pb2.Heartbeat()))
 
     async def _write(self, call: "_Call") -> None:
         while True:
@@ -251,8 +260,11 @@ class DecodeSession:
         if frame.HasField("load"):
             self._on_load(frame.load)
         for prefilled in frame.prefilled:
-            if known := self._streams.get(prefilled.handle):
-                known[0].prefilled = prefilled
+            if place := self._places.get(prefilled.handle):
+                place.stream.prefilled = prefilled
+        for scored in frame.prompt_logprobs:
+            if place := self._places.get(scored.handle):
+                place.stream.prompt_logprobs = [convert.logprobs_from_proto(entry) for entry in scored.logprobs]
         endings = {ending.handle: ending for ending in frame.endings}
         if frame.handles:
             if not len(frame.handles) == len(frame.positions) == len(frame.token_ids) or len(frame.handles) % 4:
@@ -271,11 +283,11 @@ class DecodeSession:
 
     def _take_step(self, handles: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]) -> None:
         """One token for each of many choices and nothing else: what nearly all frames are."""
-        streams = self._streams
+        places = self._places
         for handle, position, token_id in zip(handles, positions, token_ids, strict=True):
-            known = streams.get(handle)
-            if known is not None:  # else cancelled, or of an attempt that is over
-                known[0].push_token(known[1], position, token_id)
+            place = places.get(handle)
+            if place is not None:  # else cancelled, or of an attempt that is over
+                place[0].push_token(place[1], position, token_id)
 
     def _take_runs(
         self,
@@ -290,10 +302,10 @@ class DecodeSession:
         for index, handle in enumerate(handles):
             entries.setdefault(handle, []).append(index)
         for handle, indices in entries.items():
-            known = self._streams.get(handle)
-            if known is None:
+            place = self._places.get(handle)
+            if place is None:
                 continue
-            stream, choice = known
+            stream = place.stream
             first = positions[indices[0]]
             if [positions[index] for index in indices] != list(range(first, first + len(indices))):
                 stream.fail(PeerUnavailable(f"{self._address} sent positions with a gap"))
@@ -302,35 +314,44 @@ class DecodeSession:
             ending = endings.get(handle)
             if ending is not None and not ending.HasField("error"):
                 del endings[handle]
-                del self._streams[handle]
+                del self._places[handle]
                 reason = convert.finish_reason_from_proto(ending.finish_reason)
             stream.push(
-                choice, first, [token_ids[index] for index in indices], [logprobs[index] for index in indices if index in logprobs], reason
+                place.choice,
+                first,
+                [token_ids[index] for index in indices],
+                [logprobs[index] for index in indices if index in logprobs],
+                reason,
             )
 
     def _take_ending(self, handle: int, ending: decode_pb2.Ending) -> None:
-        known = self._streams.get(handle)
-        if known is None:
+        place = self._places.get(handle)
+        if place is None:
             return
-        stream, choice = known
         if not ending.HasField("error"):
-            del self._streams[handle]
-            stream.end(choice, convert.finish_reason_from_proto(ending.finish_reason) or FinishReason.ABORT)
+            del self._places[handle]
+            place.stream.end(place.choice, convert.finish_reason_from_proto(ending.finish_reason) or FinishReason.ABORT)
             return
-        for other in [other for other, (its_stream, _) in self._streams.items() if its_stream is stream]:
-            del self._streams[other]
-        stream.fail(status.from_proto(ending.error))
+        self._remove(place.stream, place.handles)
+        place.stream.fail(status.from_proto(ending.error))
+
+    def _remove(self, stream: RequestStream, handles: range) -> bool:
+        """Forgets what of these is a stream's; says whether anything was. In a later session they may be another's."""
+        own = [handle for handle in handles if (place := self._places.get(handle)) is not None and place.stream is stream]
+        for handle in own:
+            del self._places[handle]
+        return bool(own)
 
     def _note_idle(self) -> None:
-        if not self._streams:
+        if not self._places:
             self._idle.set()
 
     def _lose(self, error: BatonError) -> None:
         if self.is_up:
             self.is_up = False
             self._on_lost()
-        streams = {id(stream): stream for stream, _ in self._streams.values()}
-        self._streams.clear()
+        streams = {id(place.stream): place.stream for place in self._places.values()}
+        self._places.clear()
         self._note_idle()
         for stream in streams.values():
             stream.fail(error)

@@ -115,6 +115,8 @@ class _Choice:
             self._output_tokens = min(self._output_tokens, float(request.max_output_tokens))
         self._decode_blocks = self._prompt_blocks + request.num_choices * (int(self._output_tokens) // block_size + 1)
         self._excluded = self._joint_rows(request.excluded) if request.excluded else NO_ROWS
+        if request.must_be_local:
+            self._excluded = np.union1d(self._excluded, np.arange(len(fleet.prefill.worker_ids), dtype=np.int64))
 
     def _joint_rows(self, worker_ids: Collection[str]) -> npt.NDArray[np.int64]:
         prefill, decode = self._fleet.prefill.worker_ids, self._fleet.decode.worker_ids

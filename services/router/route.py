@@ -14,6 +14,7 @@ class RouteRequest:
     spread              any number that differs between requests (a counter, a hash): near-equal workers are taken in turn by it
     excluded            workers that have already failed this request
     max_local_tokens    decode workers compute at most this many prompt tokens while there is a prefill worker; None: by cost alone
+    must_be_local       no prefill worker may compute the prompt
     """
 
     prompt_tokens: int
@@ -23,6 +24,7 @@ class RouteRequest:
     spread: int = 0
     excluded: Collection[str] = ()
     max_local_tokens: int | None = None
+    must_be_local: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,9 @@ from protos.baton.v1 import common_pb2, inference_pb2, inference_pb2_grpc, statu
 from services.core.errors import InvalidRequest, UnknownModel
 from services.mesh import convert, logs
 from services.mesh.telemetry import trace_context
-from services.router.generation import Delta, GenerationRequest, Generator, Summary
+from services.router.generation import Generator
 from services.router.members import Members
+from services.router.request import Delta, GenerationRequest, PromptLogprobs, Summary
 from services.tokenizer.tokenizer import Tokenizer
 
 # Above this the tokenizer would hold up everybody else's tokens; it releases the interpreter lock.
@@ -45,6 +46,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async for piece in pieces:
                 if isinstance(piece, Delta):
                     yield _delta_to_proto(piece)
+                elif isinstance(piece, PromptLogprobs):
+                    yield inference_pb2.GenerateResponse(prompt_logprobs=map(convert.logprobs_to_proto, piece.logprobs))
                 else:
                     yield _summary_to_proto(piece, with_timing=request.include_timing)
 

@@ -14,7 +14,6 @@ import torch
 
 from kernels.cpu_linear import WeightForm, choose_form
 from services.core.noise import choice_seed
-from services.core.types import FinishReason
 from services.engine.core import EngineCore
 from services.engine.loader import load_model
 from services.engine.sequence import EngineRequest

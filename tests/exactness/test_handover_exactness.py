@@ -62,7 +62,7 @@ def test_tokens_when_prompts_are_computed_elsewhere_with_cold_and_warm_caches_ar
 
 @only_llama
 def test_tokens_when_continued_requests_are_computed_elsewhere_are_identical(workload: Workload) -> None:
-    """A decode worker dies: prompt and received tokens are computed on prefill for another one, which goes on; some of them there, after all."""
+    """A decode worker dies: prompt and received tokens are computed on prefill for another one, some of them there, after all."""
     continued = received(workload.requests, workload.baseline)
     ways = (Plan(), Plan(way=Way.COMPUTE_HERE, give_up_at=2 * BLOCK_SIZE), Plan())
     plans = {request.request_id: ways[index % len(ways)] for index, request in enumerate(continued)}

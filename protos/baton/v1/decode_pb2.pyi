@@ -8,14 +8,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SessionCommand(_message.Message):
-    __slots__ = ("hello", "start", "cancel")
+    __slots__ = ("hello", "start", "cancel", "heartbeat")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     hello: SessionHello
     start: Start
     cancel: Cancel
-    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    heartbeat: Heartbeat
+    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class SessionHello(_message.Message):
     __slots__ = ("router_id",)
@@ -24,7 +30,7 @@ class SessionHello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("handle", "request_id", "attempt", "remaining_s", "token_ids", "sampling", "prefix_key", "candidates", "local_prefill_tokens", "trace_context")
+    __slots__ = ("handle", "request_id", "attempt", "remaining_s", "token_ids", "sampling", "prefix_key", "candidates", "local_prefill_tokens", "trace_context", "prompt_length")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +48,7 @@ class Start(_message.Message):
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     LOCAL_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     attempt: int
@@ -52,7 +59,8 @@ class Start(_message.Message):
     candidates: _containers.RepeatedCompositeFieldContainer[PrefillCandidate]
     local_prefill_tokens: int
     trace_context: _containers.ScalarMap[str, str]
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., remaining_s: _Optional[float] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefix_key: _Optional[bytes] = ..., candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping]]] = ..., local_prefill_tokens: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    prompt_length: int
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., remaining_s: _Optional[float] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefix_key: _Optional[bytes] = ..., candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping]]] = ..., local_prefill_tokens: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., prompt_length: _Optional[int] = ...) -> None: ...
 
 class PrefillCandidate(_message.Message):
     __slots__ = ("worker_id", "address")
@@ -69,7 +77,7 @@ class Cancel(_message.Message):
     def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
 class StepFrame(_message.Message):
-    __slots__ = ("handles", "positions", "token_ids", "logprobs", "endings", "prefilled", "load", "hello")
+    __slots__ = ("handles", "positions", "token_ids", "logprobs", "endings", "prefilled", "load", "hello", "prompt_logprobs")
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +86,7 @@ class StepFrame(_message.Message):
     PREFILLED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     handles: bytes
     positions: bytes
     token_ids: bytes
@@ -86,7 +95,8 @@ class StepFrame(_message.Message):
     prefilled: _containers.RepeatedCompositeFieldContainer[Prefilled]
     load: _common_pb2.WorkerLoad
     hello: SessionWelcome
-    def __init__(self, handles: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[EntryLogprobs, _Mapping]]] = ..., endings: _Optional[_Iterable[_Union[Ending, _Mapping]]] = ..., prefilled: _Optional[_Iterable[_Union[Prefilled, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.WorkerLoad, _Mapping]] = ..., hello: _Optional[_Union[SessionWelcome, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PromptLogprobs]
+    def __init__(self, handles: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[EntryLogprobs, _Mapping]]] = ..., endings: _Optional[_Iterable[_Union[Ending, _Mapping]]] = ..., prefilled: _Optional[_Iterable[_Union[Prefilled, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.WorkerLoad, _Mapping]] = ..., hello: _Optional[_Union[SessionWelcome, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ...) -> None: ...
 
 class SessionWelcome(_message.Message):
     __slots__ = ("worker", "model", "kv_transports")
@@ -105,6 +115,14 @@ class EntryLogprobs(_message.Message):
     entry: int
     logprobs: _common_pb2.TokenLogprobs
     def __init__(self, entry: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
+
+class PromptLogprobs(_message.Message):
+    __slots__ = ("handle", "logprobs")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
+    def __init__(self, handle: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Ending(_message.Message):
     __slots__ = ("handle", "finish_reason", "error")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.baton.v1 import common_pb2 as protos_dot_baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/baton/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x1cprotos/baton/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"/\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.baton.v1.ChatMessage\"i\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.baton.v1.ChatH\x00\x42\x06\n\x04kind\"\xa8\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x06prompt\x18\x02 \x01(\x0b\x32\x10.baton.v1.Prompt\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x16\n\x0einclude_timing\x18\x06 \x01(\x08\"\xfa\x01\n\x10GenerateResponse\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12%\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.baton.v1.TokenIds\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.baton.v1.Usage\x12\'\n\x06timing\x18\x07 \x01(\x0b\x32\x17.baton.v1.RequestTiming\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xbc\x04\n\rRequestTiming\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x03 \x01(\t\x12\x19\n\x11prefill_worker_id\x18\x04 \x01(\t\x12\x14\n\x0croute_reason\x18\x05 \x01(\t\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x12\n\ntokenize_s\x18\x07 \x01(\x01\x12\x0f\n\x07route_s\x18\x08 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_queue_s\x18\t \x01(\x01\x12\x17\n\x0fprefill_queue_s\x18\n \x01(\x01\x12\x11\n\tprefill_s\x18\x0b \x01(\x01\x12\x17\n\x0ftransfer_tail_s\x18\x0c \x01(\x01\x12\x0e\n\x06ttft_s\x18\r \x01(\x01\x12\x0f\n\x07total_s\x18\x0e \x01(\x01\x12\x1e\n\x16route_to_first_token_s\x18\x0f \x01(\x01\x12\x0f\n\x07model_s\x18\x10 \x01(\x01\x12\x1c\n\x14\x64\x65\x63ode_cached_tokens\x18\x11 \x01(\r\x12\x1d\n\x15prefill_cached_tokens\x18\x12 \x01(\r\x12\x1f\n\x17predicted_cached_tokens\x18\x13 \x01(\r\x12\x14\n\x0ckv_transport\x18\x14 \x01(\t\x12\x11\n\tkv_blocks\x18\x15 \x01(\r\x12\x10\n\x08kv_bytes\x18\x16 \x01(\x04\x12\x12\n\ntransfer_s\x18\x17 \x01(\x01\x12\x10\n\x08\x61ttempts\x18\x18 \x01(\r\x12\x18\n\x10predicted_ttft_s\x18\x19 \x01(\x01\"x\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1e\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.baton.v1.ChatH\x00\x12\x1e\n\x16without_special_tokens\x18\x04 \x01(\x08\x42\x06\n\x04kind\"P\n\x10TokenizeResponse\x12%\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x12.baton.v1.TokenIds\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"I\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.baton.v1.TokenIds\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"[\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\x0c\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model2\xac\x02\n\x10InferenceService\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12\x41\n\x08Tokenize\x12\x19.baton.v1.TokenizeRequest\x1a\x1a.baton.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.baton.v1.DetokenizeRequest\x1a\x1c.baton.v1.DetokenizeResponse\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/baton/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x1cprotos/baton/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"/\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.baton.v1.ChatMessage\"i\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.baton.v1.ChatH\x00\x42\x06\n\x04kind\"\xa8\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x06prompt\x18\x02 \x01(\x0b\x32\x10.baton.v1.Prompt\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x16\n\x0einclude_timing\x18\x06 \x01(\x08\"\xac\x02\n\x10GenerateResponse\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12%\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.baton.v1.TokenIds\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.baton.v1.Usage\x12\'\n\x06timing\x18\x07 \x01(\x0b\x32\x17.baton.v1.RequestTiming\x12\x30\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xbc\x04\n\rRequestTiming\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x03 \x01(\t\x12\x19\n\x11prefill_worker_id\x18\x04 \x01(\t\x12\x14\n\x0croute_reason\x18\x05 \x01(\t\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x12\n\ntokenize_s\x18\x07 \x01(\x01\x12\x0f\n\x07route_s\x18\x08 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_queue_s\x18\t \x01(\x01\x12\x17\n\x0fprefill_queue_s\x18\n \x01(\x01\x12\x11\n\tprefill_s\x18\x0b \x01(\x01\x12\x17\n\x0ftransfer_tail_s\x18\x0c \x01(\x01\x12\x0e\n\x06ttft_s\x18\r \x01(\x01\x12\x0f\n\x07total_s\x18\x0e \x01(\x01\x12\x1e\n\x16route_to_first_token_s\x18\x0f \x01(\x01\x12\x0f\n\x07model_s\x18\x10 \x01(\x01\x12\x1c\n\x14\x64\x65\x63ode_cached_tokens\x18\x11 \x01(\r\x12\x1d\n\x15prefill_cached_tokens\x18\x12 \x01(\r\x12\x1f\n\x17predicted_cached_tokens\x18\x13 \x01(\r\x12\x14\n\x0ckv_transport\x18\x14 \x01(\t\x12\x11\n\tkv_blocks\x18\x15 \x01(\r\x12\x10\n\x08kv_bytes\x18\x16 \x01(\x04\x12\x12\n\ntransfer_s\x18\x17 \x01(\x01\x12\x10\n\x08\x61ttempts\x18\x18 \x01(\r\x12\x18\n\x10predicted_ttft_s\x18\x19 \x01(\x01\"x\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1e\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.baton.v1.ChatH\x00\x12\x1e\n\x16without_special_tokens\x18\x04 \x01(\x08\x42\x06\n\x04kind\"P\n\x10TokenizeResponse\x12%\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x12.baton.v1.TokenIds\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"I\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.baton.v1.TokenIds\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"[\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\x0c\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model2\xac\x02\n\x10InferenceService\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12\x41\n\x08Tokenize\x12\x19.baton.v1.TokenizeRequest\x1a\x1a.baton.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.baton.v1.DetokenizeRequest\x1a\x1c.baton.v1.DetokenizeResponse\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,25 +41,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=278
   _globals['_GENERATEREQUEST']._serialized_end=446
   _globals['_GENERATERESPONSE']._serialized_start=449
-  _globals['_GENERATERESPONSE']._serialized_end=699
-  _globals['_USAGE']._serialized_start=701
-  _globals['_USAGE']._serialized_end=781
-  _globals['_REQUESTTIMING']._serialized_start=784
-  _globals['_REQUESTTIMING']._serialized_end=1356
-  _globals['_TOKENIZEREQUEST']._serialized_start=1358
-  _globals['_TOKENIZEREQUEST']._serialized_end=1478
-  _globals['_TOKENIZERESPONSE']._serialized_start=1480
-  _globals['_TOKENIZERESPONSE']._serialized_end=1560
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1562
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1635
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1637
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1671
-  _globals['_LISTMODELSREQUEST']._serialized_start=1673
-  _globals['_LISTMODELSREQUEST']._serialized_end=1692
-  _globals['_MODEL']._serialized_start=1694
-  _globals['_MODEL']._serialized_end=1785
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1787
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1840
-  _globals['_INFERENCESERVICE']._serialized_start=1843
-  _globals['_INFERENCESERVICE']._serialized_end=2143
+  _globals['_GENERATERESPONSE']._serialized_end=749
+  _globals['_USAGE']._serialized_start=751
+  _globals['_USAGE']._serialized_end=831
+  _globals['_REQUESTTIMING']._serialized_start=834
+  _globals['_REQUESTTIMING']._serialized_end=1406
+  _globals['_TOKENIZEREQUEST']._serialized_start=1408
+  _globals['_TOKENIZEREQUEST']._serialized_end=1528
+  _globals['_TOKENIZERESPONSE']._serialized_start=1530
+  _globals['_TOKENIZERESPONSE']._serialized_end=1610
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1612
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1685
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1687
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1721
+  _globals['_LISTMODELSREQUEST']._serialized_start=1723
+  _globals['_LISTMODELSREQUEST']._serialized_end=1742
+  _globals['_MODEL']._serialized_start=1744
+  _globals['_MODEL']._serialized_end=1835
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1837
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1890
+  _globals['_INFERENCESERVICE']._serialized_start=1893
+  _globals['_INFERENCESERVICE']._serialized_end=2193
 # @@protoc_insertion_point(module_scope)

@@ -67,6 +67,7 @@ class InferenceServiceServicer(object):
         """Streams what a prompt continues with: a response for each engine step that added something to show.
         Order: responses of one choice come in order, choices interleave; the last response of a choice carries its finish_reason, the last
         response of the call carries usage (and timing if asked for). The same request with the same seed gives the same tokens.
+        A worker that dies meanwhile is not seen: another one goes on from the tokens that have come.
         Cancelling the call frees everything that works for it. Errors: INVALID_ARGUMENT (ErrorInfo metadata: field, limit),
         NOT_FOUND (no such model), RESOURCE_EXHAUSTED and UNAVAILABLE (both with RetryInfo), DEADLINE_EXCEEDED.
         """

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "token_ids", "sampling", "prefix_key", "layout_fingerprint", "grant", "trace_context")
+    __slots__ = ("request_id", "attempt", "token_ids", "sampling", "prefix_key", "layout_fingerprint", "grant", "trace_context", "prompt_length")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class PrefillRequest(_message.Message):
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     token_ids: _common_pb2.TokenIds
@@ -32,7 +33,8 @@ class PrefillRequest(_message.Message):
     layout_fingerprint: bytes
     grant: KVGrant
     trace_context: _containers.ScalarMap[str, str]
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefix_key: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., grant: _Optional[_Union[KVGrant, _Mapping]] = ..., trace_context: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    prompt_length: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefix_key: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., grant: _Optional[_Union[KVGrant, _Mapping]] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., prompt_length: _Optional[int] = ...) -> None: ...
 
 class KVGrant(_message.Message):
     __slots__ = ("transfer_id", "first_block", "block_ids", "endpoint")

@@ -436,7 +436,7 @@ def test_prompt_logprobs_when_another_engine_generates_are_refused(make_core: Ma
     ],
 )
 def test_validate_when_nothing_can_follow_what_another_engine_made_refuses(
-    make_core: MakeCore, output: list[int], sampling: dict[str, int], field: str
+    make_core: MakeCore, output: list[int], sampling: dict[str, Any], field: str
 ) -> None:
     core = make_core()
     with pytest.raises(InvalidRequest) as caught:

@@ -40,7 +40,8 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer):
 
         async def hear() -> None:
             async for command in commands:
-                heard.append(command)
+                if command.WhichOneof("kind") != "heartbeat":
+                    heard.append(command)
 
         yield decode_pb2.StepFrame(hello=self.welcome, load=LOAD)
         async with asyncio.TaskGroup() as tasks:
