@@ -5,7 +5,9 @@ Routers list their workers in a setting, so that a test decides who may serve wh
 
 import asyncio
 import contextlib
+import os
 import socket
+import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from services.router.process import serve as serve_router
 from services.router.settings import RouterSettings
 from services.worker.settings import WorkerSettings
 
+ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 60.0
 
 
@@ -46,6 +49,7 @@ class Mesh:
         self._worker_settings = {"model": str(model), "block_size": 16, "kv_memory_bytes": 1 << 24, **worker_settings}
         self._running: dict[str, tuple[asyncio.Event, asyncio.Task[None]]] = {}  # by worker_id, or a router's address
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._processes: list[asyncio.subprocess.Process] = []
 
     async def __aenter__(self) -> Self:
         self._tasks = await asyncio.TaskGroup().__aenter__()
@@ -54,6 +58,10 @@ class Mesh:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for channel in self._channels.values():
             await channel.close()
+        for process in self._processes:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
         for stop, _ in self._running.values():
             stop.set()
         await self._tasks.__aexit__(kind, error, traceback)
@@ -65,6 +73,16 @@ class Mesh:
     async def decode(self, worker_id: str, **settings: Any) -> str:
         """Starts a decode worker; returns how a router's setting lists it."""
         return await self._worker("decode", worker_id, serve_decode, settings)
+
+    async def spawn_decode(self, worker_id: str, *, address: str | None = None) -> tuple[str, asyncio.subprocess.Process]:
+        """Starts a decode worker as a process of its own, to be killed; returns how a router's setting lists it, and the process."""
+        address = address or f"127.0.0.1:{free_port()}"
+        values = {**self._worker_settings, "listen": address, "worker_id": worker_id, "log_level": "WARNING"}
+        settings = {f"BATON_{name.upper()}": ",".join(value) if isinstance(value, tuple) else str(value) for name, value in values.items()}
+        environment = {**{name: value for name, value in os.environ.items() if not name.startswith("BATON_")}, **settings}
+        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.decode", cwd=ROOT, env=environment)
+        self._processes.append(process)
+        return f"decode={worker_id}@{address}", process
 
     async def stop(self, worker_id: str) -> None:
         """Stops a worker as SIGTERM would, and waits for its end."""

@@ -44,6 +44,7 @@ class Generator:
         *,
         router_id: str,
         max_local_tokens: int | None,
+        recovery_s: float,
     ) -> None:
         self._members = members
         self._replica = replica
@@ -51,6 +52,7 @@ class Generator:
         self._admission = admission
         self._router_id = router_id
         self._max_local_tokens = max_local_tokens
+        self._recovery_s = recovery_s
         self._spread = itertools.count()
         self._ended = asyncio.Event()  # a request has, since somebody began to wait
         self.draining = False  # nothing new is accepted
@@ -64,7 +66,8 @@ class Generator:
         """
         if self.draining:
             raise Draining(f"{self._router_id} is draining")
-        run = Run(request, self._tokenizer, self._members.require_identity(), router_id=self._router_id)
+        identity = self._members.require_identity()
+        run = Run(request, self._tokenizer, identity, router_id=self._router_id, recovery_s=self._recovery_s)
         with self._counted(run), self._admission.enter() as place:
             while not run.is_finished:
                 fleet, route = await self._next_route(run)

@@ -38,7 +38,15 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
         router_id = settings.resolved_router_id()
         members = Members(discovery, replica, router_id=router_id, served_model_name=settings.served_model_name)
         admission = Admission(max_in_flight=settings.max_in_flight, ttft_slo_s=settings.ttft_slo_s or None)
-        generator = Generator(members, replica, tokenizer, admission, router_id=router_id, max_local_tokens=settings.max_local_tokens)
+        generator = Generator(
+            members,
+            replica,
+            tokenizer,
+            admission,
+            router_id=router_id,
+            max_local_tokens=settings.max_local_tokens,
+            recovery_s=settings.recovery_s,
+        )
 
         def register(server: grpc.aio.Server) -> None:
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(generator, members, tokenizer), server)

@@ -23,8 +23,6 @@ from services.tokenizer.tokenizer import Tokenizer
 # Attempts in a row that bring nothing. A request on which workers die should not be handed to all of them.
 MAX_ATTEMPTS = 3
 MAX_ATTEMPTS_IN_ALL = 12
-# How long a request that was accepted waits for a worker to come (back) when none is left: a restart takes a few seconds.
-RECOVERY_S = 15.0
 MAX_SALT_BYTES = 1024
 
 
@@ -43,7 +41,15 @@ class Run:
     route, prefilled   of the attempt that brought the first token
     """
 
-    def __init__(self, request: GenerationRequest, tokenizer: Tokenizer, identity: common_pb2.ModelIdentity, *, router_id: str) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        tokenizer: Tokenizer,
+        identity: common_pb2.ModelIdentity,
+        *,
+        router_id: str,
+        recovery_s: float,
+    ) -> None:
         self.request = request
         self.identity = identity
         self.sampling = _complete(request, identity)
@@ -58,7 +64,7 @@ class Run:
         self.prefilled = decode_pb2.Prefilled()
         self.completion_tokens = 0
         self.prompt_logprobs_told = False
-        self.failures = Failures()
+        self.failures = Failures(recovery_s)
         self._router_id = router_id
         self._packed_prompt = convert.pack_u32(request.prompt_token_ids)
         self._hashes: tuple[int, list[bytes]] | None = None
@@ -176,10 +182,12 @@ class Run:
 class Failures:
     """Who has failed a request since it last made progress, and how long it may still look for somebody else.
 
-    excluded   worker ids that are not to be tried again yet
+    recovery_s   how long it waits for a worker to come (back) when none is left
+    excluded     worker ids that are not to be tried again yet
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recovery_s: float) -> None:
+        self._recovery_s = recovery_s
         self.excluded: list[str] = []
         self._last: Unavailable | ResourceExhausted | None = None
         self._since = 0.0
@@ -202,7 +210,7 @@ class Failures:
         if self._last is None:
             raise error
         is_refused = isinstance(self._last, ResourceExhausted) and not self._num_tokens
-        if is_refused or time.monotonic() - self._since > RECOVERY_S:
+        if is_refused or time.monotonic() - self._since > self._recovery_s:
             raise self._last from None
         self.excluded.clear()
 

@@ -19,6 +19,7 @@ class RouterSettings(ProcessSettings):
     kv_index            addresses of index services, the owner and its standbys; none: requests are routed by load alone
     max_in_flight       requests accepted at once; one more is QueueFull
     ttft_slo_s          requests whose first token is predicted later than this are shed; 0: none is
+    recovery_s          how long an accepted request waits for a decode worker when none is left, beyond its deadline never
     max_local_tokens    decode workers compute at most this many prompt tokens while there is a prefill worker; None: by predicted cost
     """
 
@@ -32,6 +33,7 @@ class RouterSettings(ProcessSettings):
     kv_index: tuple[str, ...] = ()
     max_in_flight: int = 1024
     ttft_slo_s: float = 0.0
+    recovery_s: float = 30.0
     max_local_tokens: int | None = None
 
     def validate(self) -> None:
@@ -43,8 +45,9 @@ class RouterSettings(ProcessSettings):
             raise InvalidRequest("max_in_flight", f"{self.max_in_flight} is less than 1", limit=1)
         if self.max_local_tokens is not None and self.max_local_tokens < 0:
             raise InvalidRequest("max_local_tokens", f"{self.max_local_tokens} is negative", limit=0)
-        if self.ttft_slo_s < 0:
-            raise InvalidRequest("ttft_slo_s", f"{self.ttft_slo_s} is negative", limit=0)
+        for name in ("ttft_slo_s", "recovery_s"):
+            if not getattr(self, name) >= 0:
+                raise InvalidRequest(name, f"{getattr(self, name)} is not a number of seconds", limit=0)
 
     def resolved_router_id(self) -> str:
         """The router's name."""
