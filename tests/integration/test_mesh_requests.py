@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -10,11 +11,13 @@ from typing import Any
 import grpc
 import pytest
 
-from protos.baton.v1 import common_pb2, inference_pb2
+from protos.baton.v1 import common_pb2, decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc
 from services.core import errors
 from services.core.types import FinishReason, SamplingParams
 from services.engine.core import EngineCore
 from services.mesh import convert, status
+from services.mesh.streams import SILENCE_S
+from services.router import decode_session
 from tests.mesh import Mesh
 from tests.waiting import wait_until
 
@@ -351,3 +354,85 @@ def test_worker_when_its_engine_dies_ends_so_that_it_is_started_again(role: str,
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(bounded())
     assert caught.group_contains(errors.EngineStopped, match="the engine failed")
+
+
+def test_prompt_logprobs_when_asked_for_come_first_and_bypass_caches_and_prefill_workers() -> None:
+    async def test(small: Small) -> None:
+        made = await small.mesh.generate(small.router, PROMPT, replace(GREEDY, logprobs=2))
+        tokens = await small.mesh.stub(small.router).Tokenize(inference_pb2.TokenizeRequest(text=PROMPT))
+        prompt = convert.unpack_u32(tokens.token_ids.packed)
+        cached = [(await small.mesh.generate(small.router, [*prompt, *made.tokens[0]], GREEDY)).usage.cached_tokens for _ in range(2)]
+        assert cached[1] > 0
+        request = inference_pb2.GenerateRequest(
+            prompt=inference_pb2.Prompt(token_ids=convert.token_ids_to_proto([*prompt, *made.tokens[0]])),
+            sampling=convert.sampling_to_proto(SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=2, ignore_eos=True)),
+            include_timing=True,
+        )
+        responses = [response async for response in small.mesh.stub(small.router).Generate(request)]
+        scored = responses[0].prompt_logprobs
+        assert [len(response.prompt_logprobs) for response in responses[1:]] == [0] * (len(responses) - 1)
+        assert len(scored) == len(prompt) + len(made.tokens[0]) - 1
+        for one, other in zip(scored[len(prompt) - 1 :], made.logprobs[0], strict=True):
+            assert one.chosen == pytest.approx(other.chosen, abs=1e-4)
+            assert one.top_token_ids[0] == other.top_token_ids[0]
+        assert (responses[-1].usage.cached_tokens, responses[-1].timing.prefill_worker_id) == (0, "")
+
+    run(test)
+
+
+def test_slow_reader_when_too_much_waits_for_it_gives_its_place_and_its_blocks_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_session, "MAX_UNREAD_ARRIVALS", 100)
+
+    async def test(small: Small) -> None:
+        request = inference_pb2.GenerateRequest(
+            prompt=inference_pb2.Prompt(text=PROMPT), sampling=convert.sampling_to_proto(replace(LONG, logprobs=20))
+        )
+        # A connection whose window does not grow: its buffers are full soon, and then the router's.
+        async with grpc.aio.insecure_channel(small.narrow, options=[("grpc.http2.bdp_probe", 0)]) as channel:
+            arrivals = aiter(inference_pb2_grpc.InferenceServiceStub(channel).Generate(request))
+            await anext(arrivals)
+            await wait_until(lambda: is_served(small), timeout_s=20.0)
+            await wait_until(lambda: owns_nothing(small), timeout_s=1.0)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                [response async for response in arrivals]
+            assert isinstance(status.from_rpc_error(caught.value, "router"), errors.SlowReader)
+
+    run(test)
+
+
+async def is_served(small: Small) -> bool:
+    """Whether the narrow router takes a request and finishes it."""
+    try:
+        return len((await small.mesh.generate(small.narrow, PROMPT, GREEDY)).tokens[0]) == 24
+    except grpc.aio.AioRpcError as error:
+        if isinstance(status.from_rpc_error(error, "router"), errors.QueueFull):
+            return False
+        raise
+
+
+async def owns_nothing(small: Small) -> bool:
+    return all(worker.load.blocks_owned == 0 for worker in (await small.mesh.status(small.router)).workers)
+
+
+def test_router_when_it_falls_silent_with_its_session_open_is_cut_off_and_its_requests_are_freed() -> None:
+    """Frozen, or behind a cable that was pulled: no end of the stream comes."""
+
+    async def test(small: Small) -> None:
+        [decode] = [worker for worker in (await small.mesh.status(small.router)).workers if worker.role == "decode"]
+        call = decode_pb2_grpc.DecodeServiceStub(small.mesh.channel(decode.address)).Session()
+        await call.write(decode_pb2.SessionCommand(hello=decode_pb2.SessionHello(router_id="frozen")))
+        start = decode_pb2.Start(
+            handle=0,
+            request_id="a",
+            token_ids=convert.token_ids_to_proto(range(300, 340)),
+            sampling=convert.sampling_to_proto(replace(LONG, seed=1, max_tokens=4000)),
+        )
+        await call.write(decode_pb2.SessionCommand(start=start))
+        began = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [frame async for frame in call]
+        assert isinstance(status.from_rpc_error(caught.value, "decode"), errors.PeerUnavailable)
+        assert SILENCE_S <= time.monotonic() - began < 5.0
+        await wait_until(lambda: owns_nothing(small), timeout_s=1.0)
+
+    run(test)

@@ -1,8 +1,9 @@
-"""with_heartbeats: every item in order, None when nothing came for a while, nothing left behind."""
+"""Listening, and with_heartbeats: every item in order, None when nothing came for a while, nothing left behind."""
 
 import asyncio
 import contextlib
 import gc
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import uvloop
 from hypothesis import given, settings
 
-from services.mesh.streams import HEARTBEAT_S, SILENCE_S, with_heartbeats
+from services.mesh import streams
+from services.mesh.streams import HEARTBEAT_S, SILENCE_S, Listening, with_heartbeats
 
 NEVER_S = 3600.0
 
@@ -170,5 +172,42 @@ def test_with_heartbeats_when_the_items_fail_while_it_is_closed_leaves_no_error_
         beats = with_heartbeats(items(), 0.001)
         assert await anext(beats) is None
         await beats.aclose()
+
+    run(test)
+
+
+def test_listening_when_a_peer_speaks_in_time_goes_on_and_ends_once_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(streams, "SILENCE_S", 0.05)
+
+    async def test() -> None:
+        listening, ticks = Listening(), 0
+
+        def on_tick() -> None:
+            nonlocal ticks
+            ticks += 1
+            if ticks % 4 == 0 and ticks < 20:
+                listening.heard()
+
+        await listening.wait_silence(on_tick)
+        assert ticks == 16 + 5
+
+    run(test)
+
+
+def test_listening_when_this_process_stood_still_does_not_blame_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after SIGSTOP and SIGCONT: much time has passed, in which nobody here could have heard anything."""
+    monkeypatch.setattr(streams, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(streams, "SILENCE_S", 0.05)
+
+    async def test() -> None:
+        listening = Listening()
+        waiting = asyncio.ensure_future(listening.wait_silence())
+        await asyncio.sleep(0.015)
+        time.sleep(0.2)  # noqa: ASYNC251
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        waiting.cancel()
+        await asyncio.wait([waiting])
 
     run(test)

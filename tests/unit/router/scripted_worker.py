@@ -28,7 +28,8 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer):
 
     def __init__(self) -> None:
         self.welcome = decode_pb2.SessionWelcome(worker=common_pb2.WorkerId(worker_id="d0", epoch=1), model=IDENTITY)
-        self.commands: list[list[decode_pb2.SessionCommand]] = []  # by session
+        self.commands: list[list[decode_pb2.SessionCommand]] = []  # by session, without heartbeats
+        self.heartbeats = 0
         self.frames: asyncio.Queue[decode_pb2.StepFrame | None] = asyncio.Queue()
 
     async def Session(  # noqa: N802
@@ -40,7 +41,9 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer):
 
         async def hear() -> None:
             async for command in commands:
-                if command.WhichOneof("kind") != "heartbeat":
+                if command.WhichOneof("kind") == "heartbeat":
+                    self.heartbeats += 1
+                else:
                     heard.append(command)
 
         yield decode_pb2.StepFrame(hello=self.welcome, load=LOAD)

@@ -116,3 +116,12 @@ def test_admission_with_the_policy_sheds_at_overload_and_admits_again_when_the_q
     fleet.report("prefill-0", Load(), 1.0)
     admission.check(route(fleet, request, now_s=1.0))
     assert retry_after_s < 1.0
+
+
+def test_place_when_it_was_given_up_early_is_given_back_once() -> None:
+    admission = Admission(max_in_flight=1)
+    with admission.enter() as place:
+        place.leave()
+        with admission.enter():
+            assert admission.num_in_flight == 1
+    assert admission.num_in_flight == 0

@@ -9,7 +9,7 @@ import pytest
 from protos.baton.v1 import decode_pb2
 from services.core.errors import BatonError, EngineStopped, PeerUnavailable, SlowReader
 from services.core.types import FinishReason
-from services.mesh import convert, status
+from services.mesh import convert, status, streams
 from services.router.decode_session import MAX_UNREAD_ARRIVALS, Arrival, DecodeSession, RequestStream
 from tests.unit.router.scripted_worker import Worker, tokens
 from tests.waiting import wait_until
@@ -183,5 +183,40 @@ def test_stream_when_its_client_does_not_read_keeps_a_bounded_number_and_cancels
                 await stream.next_arrivals()
             await wait_until(lambda: len(worker.commands[0]) == 3)
             assert worker.commands[0][-1].cancel.handle == handle
+
+    run(main)
+
+
+def test_error_of_one_start_leaves_the_stream_s_others_to_be_cancelled() -> None:
+    """Choices that go on elsewhere are started one by one, and come down one stream."""
+
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker) as session:
+            stream = RequestStream([5, 9], on_slow_reader=lambda: None)
+            starts = [decode_pb2.Start(request_id="a"), decode_pb2.Start(request_id="a")]
+            for choice, start in enumerate(starts):
+                session.start(start, stream, [choice])
+            worker.frames.put_nowait(tokens(starts[1].handle, 9, 7))
+            assert [arrival[:2] for arrival in await stream.next_arrivals()] == [(1, (7,))]
+            failed = decode_pb2.StepFrame()
+            failed.endings.add(handle=starts[0].handle, error=status.to_proto(EngineStopped("the engine failed"), "a"))
+            worker.frames.put_nowait(failed)
+            assert isinstance(await error_of(stream), EngineStopped)
+            session.cancel(stream)
+            await wait_until(lambda: len(worker.commands[0]) == 3)
+            assert worker.commands[0][-1].cancel.handle == starts[1].handle
+            await session.wait_idle()
+
+    run(main)
+
+
+def test_session_when_nothing_is_asked_for_sends_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "HEARTBEAT_S", 0.02)
+
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker):
+            await wait_until(lambda: worker.heartbeats >= 3)
 
     run(main)

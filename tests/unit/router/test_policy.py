@@ -521,3 +521,11 @@ def test_choose_when_many_workers_hold_a_prefix_knows_each_of_them() -> None:
     fleet = make_fleet(prefill=40, decode=2)
     chosen = route(fleet, PROMPT, {f"prefill-{i}": 8 for i in range(39)} | {"prefill-39": 20})
     assert chosen.prefill_worker_ids[0] == "prefill-39" and chosen.prefill_cached_tokens == (20 * BLOCK_SIZE, *[8 * BLOCK_SIZE] * 3)
+
+
+def test_choose_when_the_prompt_must_be_computed_on_decode_names_no_prefill_worker() -> None:
+    fleet = make_fleet(prefill=3)
+    for excluded in ((), ("decode-0",)):
+        chosen = route(fleet, RouteRequest(prompt_tokens=100_000, max_output_tokens=1, must_be_local=True, excluded=excluded))
+        assert (chosen.prefill_worker_ids, chosen.is_local) == ((), True)
+        assert chosen.decode_worker_id not in excluded
