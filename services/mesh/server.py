@@ -271,10 +271,10 @@ async def _boundary(context: Any) -> AsyncIterator[None]:
     except grpc.aio.AbortError:
         raise  # health and reflection abort by themselves
     except (Exception, BaseExceptionGroup) as error:
-        await context.abort_with_status(status.to_status(_only_one(error), request_id))
+        await context.abort_with_status(status.to_status(only_one(error), request_id))
 
 
-def _only_one(error: BaseException) -> BaseException:
+def only_one(error: BaseException) -> BaseException:
     """A task group's error, unwrapped when it holds just one, not counting that a generator was closed around it."""
     while isinstance(error, BaseExceptionGroup):
         errors = [inner for inner in error.exceptions if not isinstance(inner, GeneratorExit)]

@@ -16,6 +16,7 @@ from services.router.admission import Admission
 from services.router.generation import Generator
 from services.router.members import Members
 from services.router.policy import warm_up
+from services.router.prompts import Prompts
 from services.router.service import InferenceServicer, StatusServicer
 from services.router.settings import RouterSettings
 from services.tokenizer.checkpoint_dir import resolve_checkpoint
@@ -40,8 +41,10 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
         admission = Admission(max_in_flight=settings.max_in_flight, ttft_slo_s=settings.ttft_slo_s or None)
         generator = Generator(members, replica, tokenizer, admission, router_id=router_id, max_local_tokens=settings.max_local_tokens)
 
+        prompts = Prompts(members, tokenizer)
+
         def register(server: grpc.aio.Server) -> None:
-            inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(generator, members, tokenizer), server)
+            inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(generator, members, prompts), server)
             status_pb2_grpc.add_StatusServiceServicer_to_server(StatusServicer(generator, members), server)
 
         async with asyncio.TaskGroup() as tasks:

@@ -48,7 +48,7 @@ class ByteLevelDetokenizer:
         known = self._known
         for token_id in token_ids:
             if token_id not in known:
-                known[token_id] = self._token_bytes(token_id)
+                known[token_id] = self.token_bytes(token_id)
         piece = b"".join([known[token_id] for token_id in token_ids])
         if self._is_whole:
             try:
@@ -63,7 +63,8 @@ class ByteLevelDetokenizer:
         self._is_whole = True
         return self._utf8.decode(b"", final=True)
 
-    def _token_bytes(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token stands for; it is not remembered."""
         token = self._visible_token(token_id)
         if token is None:
             return b""
@@ -112,7 +113,7 @@ class WindowDetokenizer:
             if token is None:  # left out before the decoder runs, so it does not end a byte run either
                 continue
             self._byte_run.append(token_id)
-            if not (self._byte_fallback and _looks_like_byte(token)):
+            if not (self._byte_fallback and looks_like_byte(token)):
                 self._window += self._byte_run
                 self._byte_run = []
                 window_grew = True
@@ -147,6 +148,6 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
-def _looks_like_byte(token: str) -> bool:
+def looks_like_byte(token: str) -> bool:
     # Wider than the rule of the decoder (hex digits between): holding back a token too many only delays it.
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
