@@ -15,10 +15,12 @@ from services.mesh.server import MeshServer
 from services.router.admission import Admission
 from services.router.generation import Generator
 from services.router.members import Members
+from services.router.openai.app import OpenAIApp
+from services.router.openai.server import HttpServer
 from services.router.policy import warm_up
 from services.router.prompts import Prompts
 from services.router.service import InferenceServicer, StatusServicer
-from services.router.settings import RouterSettings
+from services.router.settings import NO_HTTP, RouterSettings
 from services.tokenizer.checkpoint_dir import resolve_checkpoint
 from services.tokenizer.tokenizer import Tokenizer
 
@@ -56,7 +58,8 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
                 drain_timeout_s=settings.drain_timeout_s,
                 max_message_bytes=MAX_REQUEST_BYTES,
             )
-            async with server:
+            http = _http_server(settings, generator, prompts, members)
+            async with server, http or contextlib.nullcontext():
                 # What lives as long as the process need not be looked at again by each full collection.
                 gc.freeze()
                 await server.set_serving(True)
@@ -64,3 +67,10 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
                 generator.draining = True
                 await server.drain(generator.wait_idle)
             following.cancel()
+
+
+def _http_server(settings: RouterSettings, generator: Generator, prompts: Prompts, members: Members) -> HttpServer | None:
+    if settings.http_listen == NO_HTTP:
+        return None
+    app = OpenAIApp(generator.generate, prompts, can_serve=lambda: members.can_serve() and not generator.draining)
+    return HttpServer(app, settings.http_listen)

@@ -11,6 +11,7 @@ the byte alphabet is that of https://github.com/openai/gpt-2/blob/master/src/enc
 """
 
 import codecs
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol
@@ -113,7 +114,7 @@ class WindowDetokenizer:
             if token is None:  # left out before the decoder runs, so it does not end a byte run either
                 continue
             self._byte_run.append(token_id)
-            if not (self._byte_fallback and looks_like_byte(token)):
+            if not (self._byte_fallback and _looks_like_byte(token)):
                 self._window += self._byte_run
                 self._byte_run = []
                 window_grew = True
@@ -148,6 +149,11 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
-def looks_like_byte(token: str) -> bool:
+def byte_of(token: str) -> int | None:
+    """The byte that a token like <0xE2> stands for where the decoder has a byte fallback; None for any other token."""
+    return int(token[3:5], 16) if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token) else None
+
+
+def _looks_like_byte(token: str) -> bool:
     # Wider than the rule of the decoder (hex digits between): holding back a token too many only delays it.
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")

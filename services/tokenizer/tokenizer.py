@@ -12,7 +12,7 @@ import tokenizers
 
 from services.core.errors import CheckpointError, InvalidRequest
 from services.tokenizer.chat_template import ChatTemplate, NamedTemplate
-from services.tokenizer.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer, looks_like_byte
+from services.tokenizer.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer, byte_of
 
 
 class _AddedToken(msgspec.Struct):
@@ -142,8 +142,8 @@ class Tokenizer:
             return b""
         if self._decoder_steps == ("ByteLevel",):
             return ByteLevelDetokenizer(lambda _: token, {}).token_bytes(token_id)
-        if "ByteFallback" in self._decoder_steps and looks_like_byte(token):
-            return bytes([int(token[3:5], 16)])
+        if "ByteFallback" in self._decoder_steps and (byte := byte_of(token)) is not None:
+            return bytes([byte])
         # Decoders treat the start of a text otherwise, by stripping a space above all: what the token adds behind itself is what it is.
         return self.decode([token_id, token_id], skip_special_tokens=False)[
             len(self.decode([token_id], skip_special_tokens=False)) :

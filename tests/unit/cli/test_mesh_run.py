@@ -34,7 +34,7 @@ def heed_signals() -> Iterator[None]:
 def run(folder: Path, work: Callable[[], Coroutine[Any, Any, None]], console: Console | None = None, **behaviours: str) -> None:
     """Runs the work on a mesh; `behaviours` by role."""
     specs = [spec(folder, name, role, behaviours.get(role, "")) for name, role in NAMES.items()]
-    plan = MeshPlan(model_name="demo", specs=specs, routers=[], worker_ids=[], stop_timeout_s=60.0)
+    plan = MeshPlan(model_name="demo", specs=specs, routers=[], http=[], worker_ids=[], stop_timeout_s=60.0)
     try:
         run_mesh(plan, log_dir=folder, board=StartBoard(list(NAMES), console or Console(file=io.StringIO())), work=work)
     finally:
