@@ -112,8 +112,7 @@ def plan_mesh(options: MeshOptions, ports: ReservedPorts, environ: Mapping[str, 
         f"{HOST}:{ports.take(options.http_port and options.http_port + number, option='--http-port')}" for number in range(options.routers)
     ]
     for number, port in enumerate(router_ports):
-        own = {**mesh, "router_id": f"router-{number}", "http_listen": http[number]}
-        processes.append(("router", f"router-{number}", port, own))
+        processes.append(("router", f"router-{number}", port, {**mesh, "router_id": f"router-{number}", "http_listen": http[number]}))
 
     problems: dict[str, None] = {}
     drain_timeouts_s = []

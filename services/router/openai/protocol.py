@@ -75,10 +75,6 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_bytes is not None and self._head_bytes > MAX_HEAD_BYTES:
             self._close_with(431, f"the head of the request has more than {MAX_HEAD_BYTES} bytes")
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._head_bytes = 0
-
     def on_headers_complete(self) -> None:
         self._head_bytes = None
         super().on_headers_complete()

@@ -281,7 +281,10 @@ def parse_detokenize(data: bytes) -> Detokenize:
     return Detokenize(model=body.model or "", tokens=body.tokens)
 
 
-_NOT_SERVED = {kind: [name for name, hint in typing.get_type_hints(kind).items() if hint is Any] for kind in (_CompletionBody, _ChatBody)}
+_NOT_SERVED: Mapping[type[_Body], Sequence[str]] = {
+    _CompletionBody: [name for name, hint in typing.get_type_hints(_CompletionBody).items() if hint is Any],
+    _ChatBody: [name for name, hint in typing.get_type_hints(_ChatBody).items() if hint is Any],
+}
 _Kind = TypeVar("_Kind", bound=msgspec.Struct)
 _COMPLETION = msgspec.json.Decoder(_CompletionBody)
 _CHAT = msgspec.json.Decoder(_ChatBody)

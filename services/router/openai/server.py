@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from email.utils import formatdate
+from typing import Any
 
 from starlette.types import ASGIApp
 from uvicorn.config import Config
@@ -69,6 +70,14 @@ class HttpServer:
         if late:
             _log.error("%d HTTP request(s) did not end within %s s of being cut off", len(late), CLEANUP_S)
         self._date.cancel()
+
+    @property
+    def num_connections(self) -> int:
+        return len(self._state.connections)
+
+    def sockets(self) -> list[Any]:
+        """Of the open connections."""
+        return [connection.transport.get_extra_info("socket") for connection in self._state.connections]
 
     async def _keep_date(self) -> None:
         while True:
