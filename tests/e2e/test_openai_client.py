@@ -1,4 +1,4 @@
-"""OpenAI's own client against a mesh on the demo model: what it asks for, what it gets, what it raises; and what is freed when it leaves."""
+"""OpenAI's own client against a mesh on the demo model: what it gets, what it raises, what is freed when it leaves."""
 
 import asyncio
 import contextlib
@@ -100,9 +100,8 @@ def test_chats_when_whole_or_streamed_have_the_text_that_their_template_asks_for
         [choice] = whole.choices
         assert (choice.message.role, choice.message.content) == ("assistant", reference.texts[0])
         assert choice.logprobs is not None and choice.logprobs.content is not None
-        assert [entry.logprob for entry in choice.logprobs.content] == pytest.approx(
-            [entry.chosen for entry in reference.logprobs[0]], abs=1e-4
-        )
+        logprobs = [entry.chosen for entry in reference.logprobs[0]]
+        assert [entry.logprob for entry in choice.logprobs.content] == pytest.approx(logprobs, abs=1e-4)
         assert all(len(entry.top_logprobs) == 3 for entry in choice.logprobs.content)
         text = b"".join(bytes(entry.bytes or []) for entry in choice.logprobs.content).decode()
         assert text.startswith(reference.texts[0])

@@ -110,7 +110,9 @@ class OpenAIApp:
         generation = []
         for number, request_id in enumerate(_names(len(prompts))):
             room = max(1, identity.max_model_len - len(prompts[number]))
-            limited = sampling if sampling.max_tokens else replace(sampling, max_tokens=min(requests.DEFAULT_COMPLETION_TOKENS, room))
+            limited = sampling
+            if sampling.max_tokens is None:
+                limited = replace(sampling, max_tokens=min(requests.DEFAULT_COMPLETION_TOKENS, room))
             generation.append(_generation(request, options, request_id, prompts[number], limited, received_at))
         echoes = [Echo(text=text, token_ids=prompt) for text, prompt in zip(texts, prompts, strict=True)] if wanted.echo else []
         form = self._form(request, options, generation, is_chat=False)
