@@ -78,7 +78,12 @@ class Prompts:
 
     async def decode(self, token_ids: Sequence[int], field: str) -> str:
         """Raises InvalidRequest naming `field` for an id that the model does not have."""
-        if token_ids:
-            for token_id in (min(token_ids), max(token_ids)):
-                check_token_id(field, token_id, self.identity().vocab_size)
-        return await asyncio.to_thread(self.tokenizer.decode, token_ids)
+        vocab_size = self.identity().vocab_size
+
+        def decode() -> str:
+            if token_ids:
+                for token_id in (min(token_ids), max(token_ids)):
+                    check_token_id(field, token_id, vocab_size)
+            return self.tokenizer.decode(token_ids)
+
+        return await asyncio.to_thread(decode)

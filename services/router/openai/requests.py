@@ -6,7 +6,7 @@ their value says that they are not wanted.
 
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ MAX_PROMPTS = 128
 MAX_CHOICES_OF_ALL = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 MIN_SEED = -(2**63)
+# Of messages, stop tokens and biases: more would only keep the processor busy.
+MAX_ENTRIES = 1 << 17
 
 _PATH = re.compile(r" - at (?:`(?:key|value)` in )?`\$\.?(?P<path>[^`]*)`$")
 
@@ -326,6 +328,8 @@ def _options(
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options", "needs stream: true")
     usage = body.stream_options or _StreamOptions()
+    _check_length("stop_token_ids", body.stop_token_ids or ())
+    _check_length("logit_bias", body.logit_bias or ())
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         raise InvalidRequest(logprobs_field, f"{logprobs} is outside [0, {MAX_LOGPROBS}]", limit=MAX_LOGPROBS)
     sampling = common_pb2.SamplingParams(
@@ -357,6 +361,11 @@ def _options(
         continuous_usage=bool(usage.include_usage and usage.continuous_usage_stats),
         with_timing=bool(body.baton_timing),
     )
+
+
+def _check_length(field: str, entries: Collection[object]) -> None:
+    if len(entries) > MAX_ENTRIES:
+        raise InvalidRequest(field, f"has {len(entries)} entries; at most {MAX_ENTRIES} are taken", limit=MAX_ENTRIES)
 
 
 def _u32(field: str, value: int | None) -> int | None:
@@ -396,6 +405,7 @@ def _prompts(prompt: str | list[Any] | None) -> list[str] | list[list[int]]:
 def _messages(messages: list[dict[str, Any]] | None) -> list[Mapping[str, object]]:
     if not messages:
         raise InvalidRequest("messages", "need at least one message", limit=1)
+    _check_length("messages", messages)
     return [_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.core.errors import InvalidRequest
 from services.mesh.convert import sampling_from_proto
-from services.router.openai.requests import parse_chat, parse_completion, parse_detokenize, parse_tokenize
+from services.router.openai.requests import MAX_ENTRIES, parse_chat, parse_completion, parse_detokenize, parse_tokenize
 
 PARSERS = (parse_completion, parse_chat, parse_tokenize, parse_detokenize)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -114,6 +114,7 @@ REFUSED_COMPLETIONS: list[tuple[str, dict[str, Any]]] = [
     ("stop", {"stop": 3}),
     ("stop[1]", {"stop": ["a", 3]}),
     ("stop_token_ids", {"stop_token_ids": [-1]}),
+    ("stop_token_ids", {"stop_token_ids": [1] * (MAX_ENTRIES + 1)}),
     ("logit_bias", {"logit_bias": {"-1": 1.0}}),
     ("logit_bias", {"logit_bias": {"a": 1.0}}),
     ("best_of", {"best_of": 2}),
