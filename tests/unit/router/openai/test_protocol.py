@@ -47,7 +47,8 @@ def test_client_when_it_leaves_ends_its_request(stream: bool, size: int) -> None
     run(test, forever)
 
 
-def test_client_when_it_does_not_read_waits_for_itself_alone_and_is_cut_off() -> None:
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_client_when_it_does_not_read_waits_for_itself_alone_and_is_cut_off(num_choices: int) -> None:
     taken = 0
 
     async def script(request: GenerationRequest) -> AsyncGenerator[Piece, None]:
@@ -66,7 +67,9 @@ def test_client_when_it_does_not_read_waits_for_itself_alone_and_is_cut_off() ->
         raw.setblocking(False)
         host, _, port = face.address.rpartition(":")
         await asyncio.get_running_loop().sock_connect(raw, (host, int(port)))
-        await asyncio.get_running_loop().sock_sendall(raw, request_bytes(COMPLETIONS, b'{"prompt": [5], "stream": true}'))
+        await asyncio.get_running_loop().sock_sendall(
+            raw, request_bytes(COMPLETIONS, b'{"prompt": [5], "stream": true, "n": %d}' % num_choices)
+        )
         await wait_until(lambda: face.seen)
         await asyncio.sleep(0.3)
         before = taken
