@@ -23,7 +23,7 @@ from services.mesh import convert
 from services.mesh.client import open_channel
 from services.prefill.process import serve as serve_prefill
 from services.router.process import serve as serve_router
-from services.router.settings import RouterSettings
+from services.router.settings import NO_HTTP, RouterSettings
 from services.worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +50,7 @@ class Mesh:
         self._running: dict[str, tuple[asyncio.Event, asyncio.Task[None]]] = {}  # by worker_id, or a router's address
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._processes: list[asyncio.subprocess.Process] = []
+        self._http: dict[str, str] = {}
 
     async def __aenter__(self) -> Self:
         self._tasks = await asyncio.TaskGroup().__aenter__()
@@ -96,10 +97,19 @@ class Mesh:
         await self.wait_for(address, lambda status: sum(worker.state == "up" for worker in status.workers) == len(workers))
         return address
 
-    def router_over(self, workers: Sequence[str], **settings: Any) -> str:
-        """Starts a router over these workers; returns its address."""
+    def router_over(self, workers: Sequence[str], *, http: bool = False, **settings: Any) -> str:
+        """Starts a router over these workers; returns its address. `http`: it serves HTTP, too, at http_address()."""
         address = f"127.0.0.1:{free_port()}"
-        self._start(address, serve_router, RouterSettings(listen=address, workers=tuple(workers), **settings))
+        self._http[address] = f"127.0.0.1:{free_port()}" if http else NO_HTTP
+        self._start(
+            address, serve_router, RouterSettings(listen=address, http_listen=self._http[address], workers=tuple(workers), **settings)
+        )
+        return address
+
+    def http_address(self, router: str) -> str:
+        """Where a router that was started with `http` serves HTTP."""
+        address = self._http[router]
+        assert address != NO_HTTP
         return address
 
     async def generate(self, router: str, prompt: Sequence[int] | str, sampling: SamplingParams, **fields: Any) -> Reply:

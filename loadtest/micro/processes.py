@@ -42,6 +42,8 @@ def service(name: str, **settings: object) -> Iterator[Service]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("BATON_")}
     environment |= {f"BATON_{key.upper()}": str(value) for key, value in settings.items()}
     environment |= {"BATON_LISTEN": address, "BATON_LOG_LEVEL": "WARNING"}
+    if name == "router":
+        environment.setdefault("BATON_HTTP_LISTEN", "off")  # its usual port is one, and may be taken
     command = bound_to_parent([sys.executable, "-m", f"services.{name}"])
     # In a group of its own: Ctrl-C is for the benchmark, which ends it.
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0) as process:

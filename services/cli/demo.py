@@ -3,9 +3,12 @@
 The prompts begin with the same few hundred tokens of Python, so that only the first one is computed from its start.
 """
 
+import asyncio
+import json
 import os
 import shutil
 import time
+import urllib.request
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -17,7 +20,7 @@ from services.cli.ports import ReservedPorts
 from services.cli.remote import Ended, RouterClient
 from services.cli.start_board import StartBoard
 from services.cli.timeline import size, timeline
-from services.cli.up import make_log_dir
+from services.cli.up import curl_line, make_log_dir
 from services.core.errors import BatonError, PeerUnavailable
 
 MAX_TOKENS = 48
@@ -112,6 +115,7 @@ def demo() -> None:
 
         async def work() -> None:
             await _send_prompts(console, plan.routers[0])
+            await _call_http(console, plan.http[0])
 
         try:
             run_mesh(plan, log_dir=logs, board=StartBoard([spec.name for spec in plan.specs], console), work=work)
@@ -145,3 +149,17 @@ async def _send_prompts(console: Console, router: str) -> None:
             totals.add(ended)
     console.rule()
     console.print(f"{len(PROMPTS)} requests in {time.monotonic() - began:.1f} s: {totals}", markup=False)
+
+
+async def _call_http(console: Console, http: str) -> None:
+    """The same mesh as OpenAI's clients see it."""
+    request = {"prompt": "def main(", "max_tokens": 16, "temperature": 0}
+    console.print(f"\nAnd over HTTP:\n  {curl_line(http, request)}", markup=False, soft_wrap=True)
+    console.print(await asyncio.to_thread(_post, f"http://{http}/v1/completions", request), markup=False, soft_wrap=True)
+
+
+def _post(url: str, body: object) -> str:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        text: str = response.read().decode()
+        return text

@@ -32,7 +32,7 @@ SETTINGS: Mapping[str, type[ProcessSettings]] = {
     "kv_index": KVIndexSettings,
 }
 # These make one mesh of the processes; who wants others starts them by themselves.
-OWN_SETTINGS = {"listen", "worker_id", "router_id", "redis_url", "kv_index", "workers"}
+OWN_SETTINGS = {"listen", "http_listen", "worker_id", "router_id", "redis_url", "kv_index", "workers"}
 MAX_PROCESSES = 64  # of each role: a slip of the finger should not cost the machine
 
 
@@ -43,6 +43,7 @@ class MeshOptions:
     model           checkpoint directory, hub name or "demo"
     prefill         0: decode workers compute the prompts themselves
     port            of the first router, the others have the next ones; 0: any
+    http_port       the same for HTTP
     kv_transport    auto: the best that both ends have
     redis_url       None: one is started
     settings        further ones: "name=value", or "role.name=value"
@@ -54,6 +55,7 @@ class MeshOptions:
     decode: int = 2
     routers: int = 1
     port: int = 0
+    http_port: int = 0
     dtype: str | None = None
     max_model_len: int | None = None
     block_size: int | None = None
@@ -66,11 +68,12 @@ class MeshOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshPlan:
-    """`routers` are addresses; `stop_timeout_s` is what a role may take to drain."""
+    """`routers` are addresses, `http` those of their HTTP; `stop_timeout_s` is what a role may take to drain."""
 
     model_name: str
     specs: Sequence[ProcessSpec]
     routers: Sequence[str]
+    http: Sequence[str]
     worker_ids: Sequence[str]
     stop_timeout_s: float
 
@@ -105,8 +108,11 @@ def plan_mesh(options: MeshOptions, ports: ReservedPorts, environ: Mapping[str, 
         for number in range(count):
             processes.append((role, f"{role}-{number}", ports.take(), {**worker, "worker_id": f"{role}-{number}"}))
     router_ports = [ports.take(options.port and options.port + number) for number in range(options.routers)]
+    http = [
+        f"{HOST}:{ports.take(options.http_port and options.http_port + number, option='--http-port')}" for number in range(options.routers)
+    ]
     for number, port in enumerate(router_ports):
-        processes.append(("router", f"router-{number}", port, {**mesh, "router_id": f"router-{number}"}))
+        processes.append(("router", f"router-{number}", port, {**mesh, "router_id": f"router-{number}", "http_listen": http[number]}))
 
     problems: dict[str, None] = {}
     drain_timeouts_s = []
@@ -132,6 +138,7 @@ def plan_mesh(options: MeshOptions, ports: ReservedPorts, environ: Mapping[str, 
         model_name=model["served_model_name"],
         specs=specs,
         routers=[f"{HOST}:{port}" for port in router_ports],
+        http=http,
         worker_ids=[name for role, name, _, _ in processes if role in ("prefill", "decode")],
         stop_timeout_s=max(drain_timeouts_s) + 5.0,
     )

@@ -30,14 +30,14 @@ class ReservedPorts:
         for holder in self._holders:
             holder.close()
 
-    def take(self, port: int = 0) -> int:
-        """This port, or any. Raises InvalidRequest naming `--port` when it is in use or is none."""
+    def take(self, port: int = 0, *, option: str = "--port") -> int:
+        """This port, or any. Raises InvalidRequest naming the option when it is in use or is none."""
         if port:
             if not 0 < port < 65536:
-                raise InvalidRequest("--port", f"{port} is outside [1, 65535]", limit=65535)
+                raise InvalidRequest(option, f"{port} is outside [1, 65535]", limit=65535)
             # With reuse from the start: connections of a mesh that stopped a moment ago linger on the port for a minute.
             if not self._hold(port, exclusively=False):
-                raise InvalidRequest("--port", f"{port} is in use")
+                raise InvalidRequest(option, f"{port} is in use")
             return port
         while True:
             port = random.randint(_LOWEST, self._highest)

@@ -1,8 +1,11 @@
 """`baton up`: a mesh on this machine, until Ctrl-C."""
 
 import asyncio
+import json
 import os
+import shlex
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +20,7 @@ from services.cli.start_board import StartBoard
 from services.core.errors import InvalidRequest
 
 DEFAULT_PORT = int(DEFAULT_ROUTER.rpartition(":")[2])
+DEFAULT_HTTP_PORT = 8000
 
 
 def up(
@@ -26,6 +30,9 @@ def up(
     decode: Annotated[int, typer.Option(help="Decode workers.")] = 2,
     routers: Annotated[int, typer.Option(help="Routers.")] = 1,
     port: Annotated[int, typer.Option(help="Of the first router; the others have the next ones. 0: any.")] = DEFAULT_PORT,
+    http_port: Annotated[
+        int, typer.Option(help="Of the first router's OpenAI-compatible HTTP; the others have the next ones. 0: any.")
+    ] = DEFAULT_HTTP_PORT,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16: of activations, keys and values.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the checkpoint's.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per KV block; default: 64, of the demo model 16.")] = None,
@@ -47,6 +54,7 @@ def up(
         decode=decode,
         routers=routers,
         port=port,
+        http_port=http_port,
         dtype=dtype,
         max_model_len=max_model_len,
         block_size=block_size,
@@ -76,6 +84,12 @@ def up(
     console.print("everything has stopped")
 
 
+def curl_line(http: str, request: Mapping[str, object]) -> str:
+    """A completion, asked for with curl."""
+    data = shlex.quote(json.dumps(request))
+    return f"curl http://{http}/v1/completions -H 'Content-Type: application/json' -d {data}"
+
+
 def make_log_dir(wanted: Path | None) -> Path:
     """The directory, made if it is not there; a new temporary one for None. Processes append to logs that are there already.
 
@@ -95,8 +109,10 @@ def _print_usage(console: Console, plan: MeshPlan, logs: Path) -> None:
     lines = [
         "",
         f"{plan.model_name} is served at {', '.join(plan.routers)} (gRPC, baton.v1.InferenceService)",
+        f"and at {', '.join(f'http://{address}/v1' for address in plan.http)} (OpenAI's API)",
         f'  baton generate{router} "def read_json("',
         f"  baton top{router}",
+        f"  {curl_line(plan.http[0], {'prompt': 'def read_json(', 'max_tokens': 32})}",
         f"logs: {logs}",
         "Ctrl-C drains and stops it",
         "",

@@ -59,9 +59,14 @@ class ProcessSettings:
             raise InvalidRequest("log_level", f"{self.log_level!r} is not one of DEBUG, INFO, WARNING, ERROR")
         if self.drain_timeout_s < 0:
             raise InvalidRequest("drain_timeout_s", f"{self.drain_timeout_s} is negative", limit=0)
-        host, _, port = self.listen.rpartition(":")
-        if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-            raise InvalidRequest("listen", f"{self.listen!r} is not host:port")
+        check_address("listen", self.listen)
+
+
+def check_address(field: str, address: str) -> None:
+    """Raises InvalidRequest unless it is host:port."""
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise InvalidRequest(field, f"{address!r} is not host:port")
 
 
 _Settings = TypeVar("_Settings", bound=ProcessSettings)
@@ -271,10 +276,10 @@ async def _boundary(context: Any) -> AsyncIterator[None]:
     except grpc.aio.AbortError:
         raise  # health and reflection abort by themselves
     except (Exception, BaseExceptionGroup) as error:
-        await context.abort_with_status(status.to_status(_only_one(error), request_id))
+        await context.abort_with_status(status.to_status(only_one(error), request_id))
 
 
-def _only_one(error: BaseException) -> BaseException:
+def only_one(error: BaseException) -> BaseException:
     """A task group's error, unwrapped when it holds just one, not counting that a generator was closed around it."""
     while isinstance(error, BaseExceptionGroup):
         errors = [inner for inner in error.exceptions if not isinstance(inner, GeneratorExit)]

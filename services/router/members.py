@@ -68,6 +68,11 @@ class Members:
             raise PeerUnavailable("no decode worker has answered yet", retry_after_s=1.0)
         return self.fleet
 
+    def can_serve(self) -> bool:
+        """Whether there is a decode worker that takes requests."""
+        now = time.monotonic()
+        return any(member.session is not None and _state(member, now) == "up" for member in self._members.values())
+
     def session(self, worker_id: str) -> DecodeSession:
         """The session with a decode worker. Raises PeerUnavailable when there is none."""
         member = self._by_worker_id(worker_id)

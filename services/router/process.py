@@ -15,9 +15,12 @@ from services.mesh.server import MeshServer
 from services.router.admission import Admission
 from services.router.generation import Generator
 from services.router.members import Members
+from services.router.openai.app import OpenAIApp
+from services.router.openai.server import HttpServer
 from services.router.policy import warm_up
+from services.router.prompts import Prompts
 from services.router.service import InferenceServicer, StatusServicer
-from services.router.settings import RouterSettings
+from services.router.settings import NO_HTTP, RouterSettings
 from services.tokenizer.checkpoint_dir import resolve_checkpoint
 from services.tokenizer.tokenizer import Tokenizer
 
@@ -48,8 +51,10 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
             recovery_s=settings.recovery_s,
         )
 
+        prompts = Prompts(members, tokenizer)
+
         def register(server: grpc.aio.Server) -> None:
-            inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(generator, members, tokenizer), server)
+            inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(generator, members, prompts), server)
             status_pb2_grpc.add_StatusServiceServicer_to_server(StatusServicer(generator, members), server)
 
         async with asyncio.TaskGroup() as tasks:
@@ -61,7 +66,8 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
                 drain_timeout_s=settings.drain_timeout_s,
                 max_message_bytes=MAX_REQUEST_BYTES,
             )
-            async with server:
+            http = _http_server(settings, generator, prompts, members)
+            async with server, http or contextlib.nullcontext():
                 # What lives as long as the process need not be looked at again by each full collection.
                 gc.freeze()
                 await server.set_serving(True)
@@ -69,3 +75,10 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
                 generator.draining = True
                 await server.drain(generator.wait_idle)
             following.cancel()
+
+
+def _http_server(settings: RouterSettings, generator: Generator, prompts: Prompts, members: Members) -> HttpServer | None:
+    if settings.http_listen == NO_HTTP:
+        return None
+    app = OpenAIApp(generator.generate, prompts, can_serve=lambda: members.can_serve() and not generator.draining)
+    return HttpServer(app, settings.http_listen)

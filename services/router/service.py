@@ -3,33 +3,30 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from protos.baton.v1 import common_pb2, inference_pb2, inference_pb2_grpc, status_pb2, status_pb2_grpc
-from services.core.errors import InvalidRequest, UnknownModel
+from protos.baton.v1 import inference_pb2, inference_pb2_grpc, status_pb2, status_pb2_grpc
+from services.core.errors import InvalidRequest
 from services.mesh import convert, logs
 from services.mesh.telemetry import trace_context
 from services.router.generation import Generator
 from services.router.members import Members
+from services.router.prompts import Prompts
 from services.router.request import Delta, GenerationRequest, PromptLogprobs, Summary
-from services.tokenizer.tokenizer import Tokenizer
-
-# Above this the tokenizer would hold up everybody else's tokens; it releases the interpreter lock.
-LONG_TEXT_CHARACTERS = 4_000
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """What clients call."""
 
-    def __init__(self, generator: Generator, members: Members, tokenizer: Tokenizer) -> None:
+    def __init__(self, generator: Generator, members: Members, prompts: Prompts) -> None:
         self._generator = generator
         self._members = members
-        self._tokenizer = tokenizer
+        self._prompts = prompts
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         received_at, remaining_s = time.perf_counter(), context.time_remaining()
-        identity = self._identity(request.model)
+        identity = self._prompts.identity(request.model)
         prompt = await self._prompt_ids(request.prompt)
         generation = GenerationRequest(
             request_id=logs.request_id.get(),
@@ -52,10 +49,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     yield _summary_to_proto(piece, with_timing=request.include_timing)
 
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenizeResponse:
-        identity = self._identity(request.model)
+        identity = self._prompts.identity(request.model)
         match request.WhichOneof("kind"):
             case "text":
-                token_ids = await self._encode(request.text, "text", add_special_tokens=not request.without_special_tokens)
+                token_ids = await self._prompts.encode(request.text, "text", add_special_tokens=not request.without_special_tokens)
             case "chat":
                 token_ids = await self._encode_chat(request.chat)
             case _:
@@ -63,13 +60,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return inference_pb2.TokenizeResponse(token_ids=convert.token_ids_to_proto(token_ids), max_model_len=identity.max_model_len)
 
     async def Detokenize(self, request: inference_pb2.DetokenizeRequest, context: Any) -> inference_pb2.DetokenizeResponse:
-        identity = self._identity(request.model)
+        self._prompts.identity(request.model)
         token_ids = convert.token_ids_from_proto(request.token_ids, "token_ids")
-        if token_ids and max(token_ids) >= identity.vocab_size:
-            raise InvalidRequest(
-                "token_ids", f"token id {max(token_ids)} is outside the vocabulary of {identity.vocab_size}", limit=identity.vocab_size - 1
-            )
-        return inference_pb2.DetokenizeResponse(text=await asyncio.to_thread(self._tokenizer.decode, token_ids))
+        return inference_pb2.DetokenizeResponse(text=await self._prompts.decode(token_ids, "token_ids"))
 
     async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Any) -> inference_pb2.ListModelsResponse:
         identity = self._members.identity
@@ -86,16 +79,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ]
         )
 
-    def _identity(self, model: str) -> common_pb2.ModelIdentity:
-        identity = self._members.require_identity()
-        if model not in ("", self._members.model_name):
-            raise UnknownModel(f"model {model!r} is not served here; {self._members.model_name!r} is")
-        return identity
-
     async def _prompt_ids(self, prompt: inference_pb2.Prompt) -> list[int]:
         match prompt.WhichOneof("kind"):
             case "text":
-                return await self._encode(prompt.text, "prompt.text", add_special_tokens=True)
+                return await self._prompts.encode(prompt.text, "prompt.text", add_special_tokens=True)
             case "token_ids":
                 return convert.token_ids_from_proto(prompt.token_ids, "prompt.token_ids")
             case "chat":
@@ -106,18 +93,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _encode_chat(self, chat: inference_pb2.Chat) -> list[int]:
         if not chat.messages:
             raise InvalidRequest("chat.messages", "is empty", limit=1)
-        messages: Sequence[dict[str, object]] = [{"role": message.role, "content": message.content} for message in chat.messages]
-        # The template writes the special tokens itself.
-        return await self._encode(self._tokenizer.apply_chat_template(messages), "chat", add_special_tokens=False)
-
-    async def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
-        # Before any work: ten megabytes would keep the tokenizer busy for seconds, to be refused for their number of tokens afterwards.
-        limit = self._members.require_identity().max_model_len * self._tokenizer.max_token_characters
-        if len(text) > limit:
-            raise InvalidRequest(field, f"has {len(text)} characters; the model takes no text of more than {limit}", limit=limit)
-        if len(text) <= LONG_TEXT_CHARACTERS:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+        return await self._prompts.encode_chat(messages, "chat", num_characters=chat.ByteSize())
 
 
 class StatusServicer(status_pb2_grpc.StatusServiceServicer):

@@ -4,12 +4,15 @@ import socket
 from dataclasses import dataclass
 
 from services.core.errors import InvalidRequest
-from services.mesh.server import ProcessSettings
+from services.mesh.server import ProcessSettings, check_address
+
+NO_HTTP = "off"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings(ProcessSettings):
     """
+    http_listen         host:port of the OpenAI-compatible HTTP server; port 0 takes a free one; "off": there is none
     model               checkpoint directory or hub name, for its tokenizer and chat template; "demo": the model that ships with Baton
     served_model_name   what clients call it; None: as the workers do
     router_id           in logs, timings and sessions; None: host name and address
@@ -24,6 +27,7 @@ class RouterSettings(ProcessSettings):
     """
 
     listen: str = "127.0.0.1:50051"
+    http_listen: str = "127.0.0.1:8000"
     model: str = "demo"
     served_model_name: str | None = None
     router_id: str | None = None
@@ -39,6 +43,8 @@ class RouterSettings(ProcessSettings):
     def validate(self) -> None:
         """Raises InvalidRequest naming the first setting that is out of its limits."""
         ProcessSettings.validate(self)
+        if self.http_listen != NO_HTTP:
+            check_address("http_listen", self.http_listen)
         if (self.redis_url is None) == (not self.workers):
             raise InvalidRequest("workers", "set either redis_url or workers, so that the router knows whom to ask")
         if self.max_in_flight < 1:

@@ -11,6 +11,7 @@ the byte alphabet is that of https://github.com/openai/gpt-2/blob/master/src/enc
 """
 
 import codecs
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol
@@ -48,7 +49,7 @@ class ByteLevelDetokenizer:
         known = self._known
         for token_id in token_ids:
             if token_id not in known:
-                known[token_id] = self._token_bytes(token_id)
+                known[token_id] = self.token_bytes(token_id)
         piece = b"".join([known[token_id] for token_id in token_ids])
         if self._is_whole:
             try:
@@ -63,7 +64,8 @@ class ByteLevelDetokenizer:
         self._is_whole = True
         return self._utf8.decode(b"", final=True)
 
-    def _token_bytes(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token stands for; it is not remembered."""
         token = self._visible_token(token_id)
         if token is None:
             return b""
@@ -145,6 +147,11 @@ def byte_alphabet() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+def byte_of(token: str) -> int | None:
+    """The byte that a token like <0xE2> stands for where the decoder has a byte fallback; None for any other token."""
+    return int(token[3:5], 16) if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token) else None
 
 
 def _looks_like_byte(token: str) -> bool:

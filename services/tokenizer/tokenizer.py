@@ -12,7 +12,7 @@ import tokenizers
 
 from services.core.errors import CheckpointError, InvalidRequest
 from services.tokenizer.chat_template import ChatTemplate, NamedTemplate
-from services.tokenizer.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
+from services.tokenizer.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer, byte_of
 
 
 class _AddedToken(msgspec.Struct):
@@ -134,6 +134,20 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; those outside the vocabulary are left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for within a text, special tokens included; empty for an id outside the vocabulary."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._decoder_steps == ("ByteLevel",):
+            return ByteLevelDetokenizer(lambda _: token, {}).token_bytes(token_id)
+        if "ByteFallback" in self._decoder_steps and (byte := byte_of(token)) is not None:
+            return bytes([byte])
+        # Decoders treat the start of a text otherwise, by stripping a space above all: what the token adds behind itself is what it is.
+        return self.decode([token_id, token_id], skip_special_tokens=False)[
+            len(self.decode([token_id], skip_special_tokens=False)) :
+        ].encode()
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A new detokenizer for one sequence; its pieces add up to `decode` of the whole."""

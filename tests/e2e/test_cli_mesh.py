@@ -4,12 +4,15 @@ One mesh for all tests of `baton up`; the tests do not depend on each other's or
 run in, so that "nothing is left" is about every process that came of a command, whoever started it.
 """
 
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -119,7 +122,8 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """One prefill worker, one decode worker; prompts go by way of the prefill worker. Stopped by Ctrl-C, after which nothing is left."""
     folder = tmp_path_factory.mktemp("mesh").resolve()
     runner, output = Baton(folder), folder / "output"
-    options = ("--prefill", "1", "--decode", "1", "--port", "0", "--log-dir", str(folder / "logs"), "--set", "router.max_local_tokens=0")
+    ports = ("--port", "0", "--http-port", "0")
+    options = ("--prefill", "1", "--decode", "1", *ports, "--log-dir", str(folder / "logs"), "--set", "router.max_local_tokens=0")
     process = runner.start("up", *options, output=output)
     try:
         wait_for(lambda: process.poll() is not None or "Ctrl-C" in output.read_text(), output.read_text)
@@ -145,6 +149,12 @@ def test_up_when_ready_has_told_of_each_process_and_how_to_use_it(mesh: Mesh) ->
         assert re.search(rf"^\S+  {name} +up at router-0$", text, re.MULTILINE)
     assert f"baton generate --router {mesh.router} " in text
     assert "baton top --router" in text
+    [curl] = re.findall(r"^  (curl .*)$", text, re.MULTILINE)
+    url, data = shlex.split(curl)[1], shlex.split(curl)[-1]
+    assert url.removesuffix("/completions") in text.split("(OpenAI's API)")[0]
+    request = urllib.request.Request(url, data.encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        assert json.load(response)["choices"][0]["text"]
     # A Ctrl-C in the terminal reaches the supervisor's group alone.
     supervisor_group = os.getpgid(mesh.process.pid)
     assert all(os.getpgid(pid) != supervisor_group for pid in mesh.baton.processes() if pid != mesh.process.pid)
@@ -208,7 +218,7 @@ def test_up_when_a_process_is_killed_starts_it_again_and_serves_as_before(mesh: 
 
 
 def test_up_when_a_worker_cannot_start_shows_its_last_words_and_leaves_nothing(baton: Baton) -> None:
-    result = baton.run("up", "--prefill", "0", "--decode", "1", "--port", "0", "--max-model-len", "5000")
+    result = baton.run("up", "--prefill", "0", "--decode", "1", "--port", "0", "--http-port", "0", "--max-model-len", "5000")
     assert result.returncode == 1
     assert "error: decode-0 exited with status " in result.stderr
     assert "5000 is more than the checkpoint's 4096" in result.stderr
@@ -227,7 +237,7 @@ def test_up_when_a_worker_cannot_start_shows_its_last_words_and_leaves_nothing(b
     ],
 )
 def test_up_when_what_it_is_told_is_wrong_starts_nothing(baton: Baton, options: tuple[str, ...], status: int, words: str) -> None:
-    result = baton.run("up", "--port", "0", *options)
+    result = baton.run("up", "--port", "0", "--http-port", "0", *options)
     assert (result.returncode, result.stdout) == (status, "")
     assert words in result.stderr and result.stderr.count("\n") == 1
 
@@ -244,3 +254,5 @@ def test_demo_when_run_shows_four_timelines_moves_blocks_and_leaves_nothing(bato
     assert cached >= prompt / 2, "the other prompts' prefix"
     [logs] = re.findall(r"logs: (\S+)", result.stdout) or [None]
     assert logs is None, "nothing is left on disk either"
+    assert re.search(r"^  curl http://\S+/v1/completions ", result.stdout, re.MULTILINE)
+    assert '"object":"text_completion"' in result.stdout

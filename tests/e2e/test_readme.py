@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.mesh import Mesh
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ADDRESS = "127.0.0.1:50051"
+HTTP_ADDRESS = "127.0.0.1:8000"
 
 
 def block(language: str, containing: str) -> str:
@@ -27,11 +29,11 @@ def block(language: str, containing: str) -> str:
     return str(blocks[0])
 
 
-def run(client: Any) -> None:
+def run(client: Any, *, http: bool = False) -> None:
     async def main() -> None:
         async with Mesh("demo") as mesh:
-            router = await mesh.router([await mesh.prefill("p0"), await mesh.decode("d0")])
-            await client(router)
+            router = await mesh.router([await mesh.prefill("p0"), await mesh.decode("d0")], http=True)
+            await client(mesh.http_address(router) if http else router)
 
     asyncio.run(main())
 
@@ -86,3 +88,51 @@ def call_by_reflection(address: str, method: str, data: str) -> list[dict[str, A
             response_deserializer=message_factory.GetMessageClass(descriptor.output_type).FromString,
         )
         return [json_format.MessageToDict(response) for response in call(request)]
+
+
+def test_openai_client_when_run_as_it_stands_prints_text() -> None:
+    program = block("python", "openai")
+    assert len([line for line in program.splitlines() if line.strip()]) <= 6
+
+    async def client(address: str) -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", program.replace(HTTP_ADDRESS, address), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        out, err = await process.communicate()
+        assert process.returncode == 0, err.decode()
+        assert out.decode().strip()
+
+    run(client, http=True)
+
+
+def test_curl_lines_when_run_as_they_stand_answer() -> None:
+    """With curl itself where it is installed; else the same requests."""
+    lines = block("sh", "curl http").strip().splitlines()
+
+    async def client(address: str) -> None:
+        models, whole, streamed = [await call(shlex.split(line.replace(HTTP_ADDRESS, address))) for line in lines]
+        assert json.loads(models)["data"][0]["id"] == "demo"
+        assert json.loads(whole)["choices"][0]["text"]
+        chunks = [event.removeprefix("data: ") for event in streamed.strip().split("\n\n")]
+        assert chunks.pop() == "[DONE]"
+        assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
+
+    async def call(words: list[str]) -> str:
+        assert words[0] == "curl"
+        if shutil.which("curl"):
+            process = await asyncio.create_subprocess_exec(*words, "-sS", stdout=asyncio.subprocess.PIPE)
+            text = (await process.communicate())[0].decode()
+            assert process.returncode == 0
+            return text
+        url = next(word for word in words if word.startswith("http://"))
+        header, data = (words[words.index(flag) + 1] if flag in words else "" for flag in ("-H", "-d"))
+        return await asyncio.to_thread(call_without_curl, url, header, data)
+
+    run(client, http=True)
+
+
+def call_without_curl(url: str, header: str, data: str) -> str:
+    name, _, value = header.partition(": ")
+    request = urllib.request.Request(url, data.encode() or None, {name: value} if name else {})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return str(response.read().decode())

@@ -90,8 +90,10 @@ def test_plan_when_routers_are_several_gives_them_ports_in_a_row() -> None:
     with ReservedPorts() as free:
         port = free.take()
     with ReservedPorts() as ports:
-        plan = plan_mesh(MeshOptions(routers=2, port=port), ports, ENVIRON)
+        plan = plan_mesh(MeshOptions(routers=2, port=port, http_port=port + 2), ports, ENVIRON)
         assert list(plan.routers) == [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"]
+        assert list(plan.http) == [f"127.0.0.1:{port + 2}", f"127.0.0.1:{port + 3}"]
+        assert [settings_of(plan, name).http_listen for name in ("router-0", "router-1")] == list(plan.http)
         assert settings_of(plan, "router-1").router_id == "router-1"
 
 

@@ -34,7 +34,7 @@ def heed_signals() -> Iterator[None]:
 def run(folder: Path, work: Callable[[], Coroutine[Any, Any, None]], console: Console | None = None, **behaviours: str) -> None:
     """Runs the work on a mesh; `behaviours` by role."""
     specs = [spec(folder, name, role, behaviours.get(role, "")) for name, role in NAMES.items()]
-    plan = MeshPlan(model_name="demo", specs=specs, routers=[], worker_ids=[], stop_timeout_s=60.0)
+    plan = MeshPlan(model_name="demo", specs=specs, routers=[], http=[], worker_ids=[], stop_timeout_s=60.0)
     try:
         run_mesh(plan, log_dir=folder, board=StartBoard(list(NAMES), console or Console(file=io.StringIO())), work=work)
     finally:
@@ -92,7 +92,7 @@ def test_mesh_when_signalled_in_the_start_ends_at_once(tmp_path: Path) -> None:
         return False
 
     specs = [spec(tmp_path, "redis", "redis"), replace(spec(tmp_path, "prefill-0", "prefill", "deaf"), is_serving=probe)]
-    plan = MeshPlan(model_name="demo", specs=specs, routers=[], worker_ids=[], stop_timeout_s=60.0)
+    plan = MeshPlan(model_name="demo", specs=specs, routers=[], http=[], worker_ids=[], stop_timeout_s=60.0)
     with pytest.raises(KeyboardInterrupt):
         run_mesh(plan, log_dir=tmp_path, board=StartBoard([], Console(file=io.StringIO())), work=nothing)
     assert not any(is_alive(int(path.read_text())) for path in tmp_path.glob("pid-*"))

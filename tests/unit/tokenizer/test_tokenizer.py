@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from services.core.errors import CheckpointError, InvalidRequest
 from services.tokenizer.tokenizer import Tokenizer
+from tests.unit.tokenizer.conftest import CORPUS
 
 
 @pytest.fixture
@@ -46,6 +47,20 @@ def test_decode_when_ids_are_outside_the_vocabulary_then_they_are_left_out(token
     tokenizer = tokenizers_by_kind["byte_level"]
     dog = tokenizer.encode("dog", add_special_tokens=False)
     assert tokenizer.decode([tokenizer.vocab_size, *dog, 10**6]) == "dog"
+
+
+@pytest.mark.parametrize("text", [*CORPUS[:2], "Zażółć gęślą jaźń 中文 😀🎉"])
+def test_token_bytes_when_joined_are_the_text(tokenizers_by_kind: dict[str, Tokenizer], text: str) -> None:
+    for kind in ("byte_level", "byte_fallback"):
+        tokenizer = tokenizers_by_kind[kind]
+        data = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text, add_special_tokens=False)))
+        assert data.decode().removeprefix(" ") == text, kind
+
+
+def test_token_bytes_when_the_token_is_special_or_unknown(tokenizers_by_kind: dict[str, Tokenizer]) -> None:
+    for kind, tokenizer in tokenizers_by_kind.items():
+        assert tokenizer.bos_token_id is None or tokenizer.token_bytes(tokenizer.bos_token_id).strip() == b"<s>", kind
+        assert tokenizer.token_bytes(10**6) == b""
 
 
 def test_vocab_size_when_tokens_were_added_then_it_counts_them(tokenizers_by_kind: dict[str, Tokenizer]) -> None:

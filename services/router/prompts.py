@@ -1,0 +1,89 @@
+"""From what clients write to token ids, for every face of the router: which model, how long a text may be, where it is encoded.
+
+Limits come before work: what is too long for the model is refused before the tokenizer is kept busy with it.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from protos.baton.v1 import common_pb2
+from services.core.errors import InvalidRequest, UnknownModel
+from services.core.types import check_token_id
+from services.router.members import Members
+from services.tokenizer.tokenizer import Tokenizer
+
+# Above this the tokenizer would hold up everybody else's tokens; it releases the interpreter lock.
+LONG_TEXT_CHARACTERS = 4_000
+
+
+class Prompts:
+    """Texts, chats and token ids of the model that the members serve."""
+
+    def __init__(self, members: Members, tokenizer: Tokenizer) -> None:
+        self._members = members
+        self.tokenizer = tokenizer
+
+    @property
+    def model_name(self) -> str:
+        return self._members.model_name
+
+    def identity(self, model: str = "") -> common_pb2.ModelIdentity:
+        """Of the model of that name; empty: the one that is served. Raises UnknownModel, or PeerUnavailable while there is none."""
+        identity = self._members.require_identity()
+        if model not in ("", self._members.model_name):
+            raise UnknownModel(f"model {model!r} is not served here; {self._members.model_name!r} is")
+        return identity
+
+    async def encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+        """Raises InvalidRequest naming `field` for a text that is too long for the model."""
+        return (await self.encode_all([text], field, add_special_tokens=add_special_tokens))[0]
+
+    async def encode_all(self, texts: Sequence[str], field: str, *, add_special_tokens: bool) -> list[list[int]]:
+        """The same for each of several texts."""
+        # Before any work: ten megabytes would keep the tokenizer busy for seconds, to be refused for their number of tokens afterwards.
+        limit = self.identity().max_model_len * self.tokenizer.max_token_characters
+        longest = max(map(len, texts))
+        if longest > limit:
+            raise InvalidRequest(field, f"has {longest} characters; the model takes no text of more than {limit}", limit=limit)
+
+        def encode() -> list[list[int]]:
+            return [self.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+        return encode() if sum(map(len, texts)) <= LONG_TEXT_CHARACTERS else await asyncio.to_thread(encode)
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        field: str,
+        *,
+        num_characters: int,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
+    ) -> list[int]:
+        """Through the checkpoint's template, which writes the special tokens itself; `num_characters` is about how long it all is.
+
+        Raises InvalidRequest for what the template does not take.
+        """
+
+        def render() -> str:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=documents, variables=variables
+            )
+
+        text = render() if num_characters <= LONG_TEXT_CHARACTERS else await asyncio.to_thread(render)
+        return await self.encode(text, field, add_special_tokens=add_special_tokens)
+
+    async def decode(self, token_ids: Sequence[int], field: str) -> str:
+        """Raises InvalidRequest naming `field` for an id that the model does not have."""
+        vocab_size = self.identity().vocab_size
+
+        def decode() -> str:
+            if token_ids:
+                for token_id in (min(token_ids), max(token_ids)):
+                    check_token_id(field, token_id, vocab_size)
+            return self.tokenizer.decode(token_ids)
+
+        return await asyncio.to_thread(decode)
