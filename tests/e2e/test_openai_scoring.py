@@ -17,9 +17,6 @@ import pytest
 from services.engine.demo import TARGET_DIR
 from tests.mesh import Mesh
 
-# Set while the engine does not deliver prompt logprobs yet; remove it with the change that makes it do so.
-pytestmark = pytest.mark.skipif(not os.environ.get("BATON_TEST_SCORING"), reason="the engine does not score prompts yet")
-
 PROMPTS = ["def read_json(path):\n    with open(path) as file:\n        return json.load(file)\n", "import os\nimport sys\n", "a ≠ b"]
 REFERENCE = """
 import json, sys

@@ -104,6 +104,7 @@ class _Logprobs:
     def __init__(self, form: Form, tokenizer: Tokenizer, text_of: Callable[[int], TokenText]) -> None:
         self._form = form
         self._text_of = text_of
+        self._scored: set[int] = set()
         self._columns = (
             [CompletionColumns(tokenizer, text_of) for _ in range(form.num_prompts * form.num_choices)]
             if form.with_logprobs and not form.is_chat
@@ -118,7 +119,12 @@ class _Logprobs:
         return self._columns[index].add(delta.token_ids, delta.logprobs)
 
     def of_prompt(self, index: int, echo: Echo, logprobs: Sequence[TokenLogprobs]) -> CompletionLogprobs:
+        self._scored.add(index)
         return self._columns[index].add(echo.token_ids, (None, *logprobs))
+
+    def check_scored(self, prompt: int) -> None:
+        """generate() has given what was asked for: an answer without the prompt's scores would be taken for one with them."""
+        assert not (self._form.echoes and self._form.with_logprobs) or prompt * self._form.num_choices in self._scored
 
 
 @dataclass(slots=True)
@@ -151,6 +157,7 @@ class Whole:
     def take(self, prompt: int, piece: Piece) -> None:
         first = prompt * self._form.num_choices
         if isinstance(piece, Summary):
+            self._logprobs.check_scored(prompt)
             self._totals.add(prompt, piece, self._form)
         elif isinstance(piece, PromptLogprobs):
             for index in range(first, first + self._form.num_choices):
@@ -211,6 +218,7 @@ class Stream:
                 return self._heads[index] + _encode(piece.text) + self._quiet_end if piece.text else b""
             return self._chunk(index, piece.text, self._logprobs.of_delta(index, piece), piece.finish_reason)
         if isinstance(piece, Summary):
+            self._logprobs.check_scored(prompt)
             self._totals.add(prompt, piece, form)
         return b""
 

@@ -118,7 +118,9 @@ def read_reply(data: bytes) -> Reply:
 
 
 @contextlib.asynccontextmanager
-async def scripted_face(script: Script = answer, *, limits: Limits | None = None, can_serve: bool = True) -> AsyncIterator[Face]:
+async def scripted_face(
+    script: Script = answer, *, limits: Limits | None = None, can_serve: bool = True, tokenizer: Tokenizer = TOKENIZER
+) -> AsyncIterator[Face]:
     async def generate(request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         face.seen.append(request)
         try:
@@ -129,7 +131,7 @@ async def scripted_face(script: Script = answer, *, limits: Limits | None = None
             face.ended.append(request)
 
     members = cast(Any, SimpleNamespace(require_identity=lambda: IDENTITY, model_name="demo"))
-    app = OpenAIApp(generate, Prompts(members, TOKENIZER), can_serve=lambda: can_serve)
+    app = OpenAIApp(generate, Prompts(members, tokenizer), can_serve=lambda: can_serve)
     server = HttpServer(app, "127.0.0.1:0", limits=limits)
     async with server:
         face = Face(server.address, server)

@@ -2,14 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import pytest
 
 from services.core.errors import InvalidRequest, Overloaded, PeerUnavailable
 from services.core.types import FinishReason, TokenLogprobs
+from services.engine.demo import TARGET_DIR
 from services.router.openai.app import MAX_BODY_BYTES
 from services.router.openai.pieces import Piece
 from services.router.request import Delta, GenerationRequest, PromptLogprobs
+from services.tokenizer.tokenizer import Tokenizer
 from tests.unit.router.openai.scripted_face import TOKENIZER, WORD, Face, answer, request_bytes, run, summary, timed
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
@@ -146,6 +149,15 @@ def test_echo_when_logprobs_are_wanted_scores_the_prompt() -> None:
     run(test, scored)
 
 
+def test_echo_when_the_prompt_was_not_scored_is_no_answer() -> None:
+    async def test(face: Face) -> None:
+        for max_tokens in (0, 2):
+            reply = await face.post(COMPLETIONS, {"prompt": WORD, "echo": True, "logprobs": 1, "max_tokens": max_tokens})
+            assert reply.status == 500
+
+    run(test, answer)
+
+
 def test_echo_when_no_logprobs_are_wanted_begins_each_choice_with_the_prompt() -> None:
     async def test(face: Face) -> None:
         reply = await face.post(COMPLETIONS, {"prompt": "import os", "echo": True, "n": 2})
@@ -163,6 +175,29 @@ def test_max_tokens_when_absent_are_sixteen_for_a_completion_and_what_is_left_fo
         assert [request.sampling.max_tokens for request in face.seen] == [16, 6, None]
 
     run(test)
+
+
+def test_chat_when_the_template_takes_tools_and_variables_gets_them(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").symlink_to(TARGET_DIR / "tokenizer.json")
+    (tmp_path / "chat_template.jinja").write_text("{{ tools | length }} {{ mood }} {{ reasoning_effort }} {{ add_generation_prompt }}")
+    fields = {"tools": [{"type": "function"}], "chat_template_kwargs": {"mood": "calm"}, "reasoning_effort": "low"}
+
+    async def test(face: Face) -> None:
+        await face.post(CHATS, {"messages": HELLO, "add_generation_prompt": False, **fields})
+        assert TOKENIZER.decode(face.seen[0].prompt_token_ids) == "1 calm low False"
+
+    run(test, tokenizer=Tokenizer.from_checkpoint(tmp_path))
+
+
+def test_chat_when_the_checkpoint_has_no_template_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").symlink_to(TARGET_DIR / "tokenizer.json")
+
+    async def test(face: Face) -> None:
+        reply = await face.post(CHATS, {"messages": HELLO})
+        assert reply.status == 400
+        assert reply.json["error"]["message"] == "messages: this checkpoint has no chat template"
+
+    run(test, tokenizer=Tokenizer.from_checkpoint(tmp_path))
 
 
 def test_request_id_when_given_names_the_answer() -> None:
