@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from services.core.errors import ConfigurationError, PeerUnavailable
+from services.mesh.client import is_address
 from services.mesh.redis_store import RedisStore, Script, ScriptCall
 
 LEASE_S = 3.0
@@ -58,12 +59,11 @@ class StaticDiscovery:
         for entry in entries:
             role, _, place = entry.partition("=")
             worker_id, _, address = place.rpartition("@")
-            host, _, port = address.rpartition(":")
             if role not in ROLES:
                 problems.append(f"workers: {entry!r} has a role that is not one of {', '.join(ROLES)}")
             elif (worker_id or address) in {member.worker_id for member in members}:
                 problems.append(f"workers: {worker_id or address!r} is there twice")
-            elif host and port.isascii() and port.isdigit() and 0 < int(port) < 65536:
+            elif is_address(address):
                 members.append(WorkerRecord(worker_id=worker_id or address, epoch=0, role=role, address=address))
             else:
                 problems.append(f"workers: {entry!r} is not role=host:port or role=worker_id@host:port")

@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.core.errors import ConfigurationError, InvalidRequest
 from services.mesh import logs, status
-from services.mesh.client import MAX_MESSAGE_BYTES
+from services.mesh.client import MAX_MESSAGE_BYTES, is_address
 from services.mesh.config import load_settings, printable
 
 REQUEST_ID_METADATA = "x-request-id"
@@ -59,8 +59,7 @@ class ProcessSettings:
             raise InvalidRequest("log_level", f"{self.log_level!r} is not one of DEBUG, INFO, WARNING, ERROR")
         if self.drain_timeout_s < 0:
             raise InvalidRequest("drain_timeout_s", f"{self.drain_timeout_s} is negative", limit=0)
-        host, _, port = self.listen.rpartition(":")
-        if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        if not is_address(self.listen, lowest_port=0):
             raise InvalidRequest("listen", f"{self.listen!r} is not host:port")
 
 

@@ -238,6 +238,9 @@ def test_static_discovery_when_parsed_then_gives_its_members_and_never_ends() ->
 def test_static_discovery_when_entries_are_wrong_then_names_them_all() -> None:
     with pytest.raises(ConfigurationError) as caught:
         StaticDiscovery.parse(
-            ["prefill", "decode=host", "decode=:80", "decode=h:0", "decode=h:²", "decod=h:80", "decode=h:80", "decode=h:80"]
+            [
+                *["prefill", "decode=host", "decode=:80", "decode=h:0", "decode=h:²", "decod=h:80", "decode=h:80", "decode=h:80"],
+                "decode=h:" + "8" * 5000,
+            ]
         )
-    assert len(caught.value.problems) == 7
+    assert len(caught.value.problems) == 8
