@@ -187,7 +187,7 @@ def test_load_settings_when_an_environment_is_anything_gives_settings_or_names_e
         problems: tuple[str, ...] = ()
     except ConfigurationError as error:
         problems = error.problems
-        assert problems  # noqa: PT017 (no error is fine, too)
+        assert problems
     assert all(problem.startswith("BATON_") for problem in problems)
     assert unknown <= {problem.partition(":")[0] for problem in problems}
 
