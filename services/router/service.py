@@ -10,12 +10,14 @@ from protos.baton.v1 import common_pb2, inference_pb2, inference_pb2_grpc, statu
 from services.core.errors import InvalidRequest, UnknownModel
 from services.mesh import convert, logs
 from services.mesh.telemetry import trace_context
+from services.router.choice import check_num_stops
 from services.router.generation import Delta, GenerationRequest, Generator, Summary
 from services.router.members import Members
 from services.tokenizer.tokenizer import Tokenizer
 
 # Above this the tokenizer would hold up everybody else's tokens; it releases the interpreter lock.
 LONG_TEXT_CHARACTERS = 4_000
+LONG_CHAT_MESSAGES = 64
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -34,7 +36,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             request_id=logs.request_id.get(),
             prompt_token_ids=prompt,
             sampling=convert.sampling_from_proto(request.sampling, identity.defaults),
-            stop=tuple(request.stop),
+            stop=_stops(request),
             cache_salt=request.cache_salt.encode(),
             remaining_s=remaining_s,
             trace_context=trace_context(context.invocation_metadata()),
@@ -62,6 +64,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Detokenize(self, request: inference_pb2.DetokenizeRequest, context: Any) -> inference_pb2.DetokenizeResponse:
         identity = self._identity(request.model)
         token_ids = convert.token_ids_from_proto(request.token_ids, "token_ids")
+        if len(token_ids) > identity.max_model_len:
+            raise InvalidRequest(
+                "token_ids",
+                f"has {len(token_ids)} tokens; the model's sequences have no more than {identity.max_model_len}",
+                limit=identity.max_model_len,
+            )
         if token_ids and max(token_ids) >= identity.vocab_size:
             raise InvalidRequest(
                 "token_ids", f"token id {max(token_ids)} is outside the vocabulary of {identity.vocab_size}", limit=identity.vocab_size - 1
@@ -103,15 +111,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _encode_chat(self, chat: inference_pb2.Chat) -> list[int]:
         if not chat.messages:
             raise InvalidRequest("chat.messages", "is empty", limit=1)
+        # Whatever the template writes for a message, it is a token at least.
+        limit = self._members.require_identity().max_model_len
+        if len(chat.messages) > limit:
+            raise InvalidRequest("chat.messages", f"are {len(chat.messages)}; the model takes {limit} tokens", limit=limit)
         messages: Sequence[dict[str, object]] = [{"role": message.role, "content": message.content} for message in chat.messages]
+        num_characters = sum(len(message.role) + len(message.content) for message in chat.messages)
+        self._check_length(num_characters, "chat")
+        if num_characters <= LONG_TEXT_CHARACTERS and len(messages) <= LONG_CHAT_MESSAGES:
+            text = self._tokenizer.apply_chat_template(messages)
+        else:
+            text = await asyncio.to_thread(self._tokenizer.apply_chat_template, messages)
         # The template writes the special tokens itself.
-        return await self._encode(self._tokenizer.apply_chat_template(messages), "chat", add_special_tokens=False)
+        return await self._encode(text, "chat", add_special_tokens=False)
 
-    async def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+    def _check_length(self, num_characters: int, field: str) -> None:
         # Before any work: ten megabytes would keep the tokenizer busy for seconds, to be refused for their number of tokens afterwards.
         limit = self._members.require_identity().max_model_len * self._tokenizer.max_token_characters
-        if len(text) > limit:
-            raise InvalidRequest(field, f"has {len(text)} characters; the model takes no text of more than {limit}", limit=limit)
+        if num_characters > limit:
+            raise InvalidRequest(field, f"has {num_characters} characters; the model takes no text of more than {limit}", limit=limit)
+
+    async def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+        self._check_length(len(text), field)
         if len(text) <= LONG_TEXT_CHARACTERS:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
@@ -135,6 +156,11 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
             self._generator.statistics.fill(message)
             yield message
             await asyncio.sleep(interval_s)
+
+
+def _stops(request: inference_pb2.GenerateRequest) -> tuple[str, ...]:
+    check_num_stops(len(request.stop))  # before a million of them are copied
+    return tuple(request.stop)
 
 
 def _delta_to_proto(delta: Delta) -> inference_pb2.GenerateResponse:
