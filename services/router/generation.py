@@ -342,6 +342,9 @@ class _Run:
         choice, token_ids, logprobs, finish_reason = arrival
         text, num_tokens, finish_reason = self._texts[choice].push(token_ids, finish_reason)
         self.completion_tokens += num_tokens
+        assert self.sampling.max_tokens is not None
+        if self.completion_tokens > self.sampling.max_tokens * self.sampling.n:
+            raise PeerUnavailable(f"the decode worker did not end the request after {self.completion_tokens - num_tokens} tokens")
         if finish_reason is not None:
             self._open_choices.discard(choice)
         return Delta(choice, text, token_ids[:num_tokens], logprobs[:num_tokens], finish_reason)
