@@ -121,6 +121,7 @@ class MeshServer:
         services: Sequence[str],
         drain_timeout_s: float = 30.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        handshake_timeout_s: float = 10.0,
     ) -> None:
         """`register` adds the servicers; `services` are their full names, for health and reflection.
 
@@ -135,6 +136,8 @@ class MeshServer:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", -1),
+                # Who connects and does not speak HTTP/2 by then is hung up on; the library's own patience is two minutes.
+                ("grpc.server_handshake_timeout_ms", round(handshake_timeout_s * 1000)),
             ],
         )
         register(self._server)

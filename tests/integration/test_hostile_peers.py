@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import math
 import os
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -194,6 +195,7 @@ def test_decode_when_a_router_sends_a_bad_request_refuses_it_and_goes_on_with_th
 def test_decode_when_candidates_are_nowhere_computes_the_prompt_itself_and_keeps_few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_prefill, "MAX_IDLE_CHANNELS", 3)
     opened: list[str] = []
+
     def counted(address: str) -> grpc.aio.Channel:
         opened.append(address)
         channel = open_channel(address)
@@ -366,8 +368,8 @@ def test_prefill_when_a_decode_worker_sends_bad_grants_refuses_each_and_frees_wh
 
     async def test(bench: Bench) -> None:
         kv = f"127.0.0.1:{bench.kv_port}"
-        nobody, silent = f"127.0.0.1:{free_port()}", await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
-        quiet = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+        nobody, silent = f"127.0.0.1:{free_port()}", socket.create_server(("127.0.0.1", 0))  # who never accepts, but the kernel does
+        quiet = f"127.0.0.1:{silent.getsockname()[1]}"
         refused: list[tuple[str, dict[str, Any], tuple[type[errors.BatonError], ...]]] = [
             ("no grant", {"grant": prefill_pb2.KVGrant()}, (invalid,)),
             ("no transfer id", {"grant": granted(transfer_id=b"")}, (invalid,)),
