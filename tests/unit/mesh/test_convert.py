@@ -244,13 +244,17 @@ ANY_SAMPLING = st.builds(
 def test_sampling_when_a_message_is_anything_gives_a_value_that_is_refused_or_can_be_sent_on(
     message: common_pb2.SamplingParams, defaults: common_pb2.SamplingParams, vocab_size: int
 ) -> None:
+    params: SamplingParams | None
+    limit: object = None
     try:
         params = convert.sampling_from_proto(message, defaults)
         params.validate(vocab_size=vocab_size)
     except InvalidRequest as error:
-        assert error.limit is not None
-        return
-    assert convert.sampling_from_proto(convert.sampling_to_proto(params)) == params
+        params, limit = None, error.limit
+    if params is None:
+        assert limit is not None
+    else:
+        assert convert.sampling_from_proto(convert.sampling_to_proto(params)) == params
 
 
 @given(st.lists(U32, max_size=25), st.lists(FLOAT32 | st.floats(width=32), max_size=25))
