@@ -7,10 +7,13 @@ by the bytes of the weights, so two bytes instead of four are worth almost a fac
 """
 
 import enum
+import threading
 import warnings
 
 import torch
 import torch.nn.functional as F
+
+_PACKING = threading.Lock()
 
 
 class WeightForm(enum.Enum):
@@ -75,7 +78,8 @@ def fits_half(weight: torch.Tensor) -> bool:
 def _pack_half(weight: torch.Tensor) -> torch.Tensor:
     # PyTorch marks these two operators as deprecated in favour of quantized.linear_dynamic_fp16, which does the same product on several
     # threads but takes a third longer on one (measured, batch 1). It says so once, at the first call of each.
-    with warnings.catch_warnings():
+    # The list of filters is the process's, and workers of one process may load at once.
+    with _PACKING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         packed = torch.fbgemm_pack_gemm_matrix_fp16(weight.float())
         torch.fbgemm_linear_fp16_weight_fp32_activation(torch.zeros(1, weight.shape[1]), packed, None)

@@ -12,7 +12,7 @@ from services.cli.demo import demo
 from services.cli.generate import generate
 from services.cli.top import top
 from services.cli.up import up
-from services.core.errors import BatonError, InvalidRequest
+from services.core.errors import BatonError, ConfigurationError, InvalidRequest
 
 app = typer.Typer(name="baton", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (up, generate, top, demo):
@@ -28,7 +28,7 @@ def main() -> None:
     """Entry point of the console script."""
     try:
         app()
-    except InvalidRequest as error:
+    except (InvalidRequest, ConfigurationError) as error:
         _fail(error, status=2)
     except BatonError as error:
         _fail(error, status=1)

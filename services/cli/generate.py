@@ -10,6 +10,8 @@ from services.cli.remote import DEFAULT_ROUTER, RemoteGeneration, Router, make_p
 from services.cli.sampling import SamplingOptions
 from services.core.errors import InvalidRequest
 
+MAX_TIMEOUT_S = 1e9
+
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")] = None,
@@ -45,6 +47,8 @@ def generate(
     """Generates text from a prompt."""
     if (prompt is None) == (token_ids is None):
         raise InvalidRequest("prompt", "give either a text or --token-ids")
+    if chat and token_ids is not None:
+        raise InvalidRequest("--chat", "does not work with --token-ids: a template takes text")
     ids = None if token_ids is None else _parse_token_ids(token_ids)
     options = SamplingOptions(
         temperature=temperature,
@@ -63,8 +67,9 @@ def generate(
     )
     if not local:
         _refuse("works with --local only", served_model_name=served_model_name, dtype=dtype, max_model_len=max_model_len, threads=threads)
-        if timeout is not None and not timeout > 0:
-            raise InvalidRequest("--timeout", f"{timeout} is not more than 0 s", limit=0)
+        # The library counts a deadline further away than 64 bits of nanoseconds as one that has passed.
+        if timeout is not None and not 0 < timeout <= MAX_TIMEOUT_S:
+            raise InvalidRequest("--timeout", f"{timeout} is outside (0, {MAX_TIMEOUT_S:.0f}] s", limit=MAX_TIMEOUT_S)
         run_remote(
             RemoteGeneration(
                 router=router,

@@ -17,7 +17,7 @@ from services.cli.timeline import timeline, totals
 from services.core.errors import BatonError, InvalidRequest, PeerUnavailable, UnknownModel
 from services.core.prefix_hash import TOKEN_BYTES
 from services.mesh import convert, status
-from services.mesh.client import open_channel
+from services.mesh.client import is_address, open_channel
 
 DEFAULT_ROUTER = "127.0.0.1:50051"
 Router = Annotated[str, typer.Option("--router", envvar="BATON_ROUTER", help="Where a router listens, host:port.")]
@@ -86,8 +86,7 @@ class RouterClient:
 
 def check_address(router: str) -> None:
     """Raises InvalidRequest naming `--router` unless it is host:port."""
-    host, _, port = router.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not is_address(router):
         raise InvalidRequest("--router", f"{router!r} is not host:port")
 
 

@@ -11,6 +11,9 @@ from services.core.noise import MAX_SEED
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
+# Each of them costs whoever reads the request time, and every step of its sequence, too.
+MAX_LOGIT_BIASES = 4096
+MAX_STOP_TOKEN_IDS = 1024
 # Divided by less than this, fp32 logits overflow before they differ from greedy.
 GREEDY_BELOW = 1e-5
 
@@ -90,11 +93,22 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), 0, MAX_LOGPROBS)
+        check_counts(num_logit_biases=len(self.logit_bias), num_stop_token_ids=len(self.stop_token_ids))
         for token_id, bias in self.logit_bias.items():
             check_token_id("logit_bias", token_id, vocab_size)
             _check_range(f"logit_bias[{token_id}]", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
         for token_id in self.stop_token_ids:
             check_token_id("stop_token_ids", token_id, vocab_size)
+
+
+def check_counts(*, num_logit_biases: int, num_stop_token_ids: int) -> None:
+    """Raises InvalidRequest when there are too many: apart from validate() for those who would have to read them all before it."""
+    for name, count, limit in (
+        ("logit_bias", num_logit_biases, MAX_LOGIT_BIASES),
+        ("stop_token_ids", num_stop_token_ids, MAX_STOP_TOKEN_IDS),
+    ):
+        if count > limit:
+            raise InvalidRequest(name, f"has {count} entries; at most {limit} are taken", limit=limit)
 
 
 def check_token_id(field_name: str, token_id: int, vocab_size: int) -> None:

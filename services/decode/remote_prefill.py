@@ -14,15 +14,18 @@ from dataclasses import dataclass
 import grpc
 
 from protos.baton.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
-from services.core.errors import PeerUnavailable
+from services.core.errors import InvalidRequest, PeerUnavailable
 from services.core.types import SampledToken
 from services.mesh import convert, status
-from services.mesh.client import open_channel
+from services.mesh.client import is_address, open_channel
 from services.mesh.kv_transport import IncomingTransfer, KVReceiver
+from services.mesh.server import REQUEST_ID_METADATA, accept_request_id
 from services.mesh.streams import SILENCE_S, with_heartbeats
 
 # A sender that has stopped acknowledges within a network round trip; one that has not by then is frozen or far away.
 FENCE_S = 0.3
+# Addresses come from routers, and old ones from workers that have moved: more channels than this are kept only while all are in use.
+MAX_IDLE_CHANNELS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +55,14 @@ class PrefillClient:
     def __init__(self, receiver: KVReceiver, *, layout_fingerprint: bytes) -> None:
         self._receiver = receiver
         self._layout_fingerprint = layout_fingerprint
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: dict[str, _Channel] = {}  # by address; the one that was used last is last
 
     async def __aenter__(self) -> "PrefillClient":
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        for channel in self._channels.values():
-            await channel.close()
+        for kept in self._channels.values():
+            await kept.channel.close()
 
     async def run(
         self, start: decode_pb2.Start, candidate: decode_pb2.PrefillCandidate, block_ids: Sequence[int], *, first_block: int
@@ -104,8 +107,11 @@ class PrefillClient:
         )
         accepted = prefill_pb2.PrefillAccepted()
         done: prefill_pb2.PrefillDone | None = None
-        metadata = (("x-request-id", start.request_id),)
-        call = self._stub(candidate.address).Prefill(request, metadata=metadata)
+        # Whatever a router made of it, metadata take printable characters alone.
+        metadata = ((REQUEST_ID_METADATA, accept_request_id(((REQUEST_ID_METADATA, start.request_id),))),)
+        kept = self._channel(candidate)
+        kept.num_calls += 1
+        call = prefill_pb2_grpc.PrefillServiceStub(kept.channel).Prefill(request, metadata=metadata)
         landing = asyncio.ensure_future(transfer.wait_landed())
         try:
             async for event in with_heartbeats(aiter(call), SILENCE_S):
@@ -129,16 +135,21 @@ class PrefillClient:
                     await landing
             except TimeoutError:
                 raise PeerUnavailable(f"{candidate.worker_id}: KV blocks did not land within {SILENCE_S} s of being sent") from None
+            first_tokens = tuple(_sampled_token(token) for token in done.first_tokens)
         except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error, candidate.address) from error
+            raise status.from_rpc_error(error, candidate.worker_id) from error
+        except InvalidRequest as error:
+            raise PeerUnavailable(f"{candidate.worker_id} gave a result that cannot be read: {error.message}") from error
         finally:
             call.cancel()
+            kept.num_calls -= 1
             landing.cancel()
             if landing.done() and not landing.cancelled():
                 landing.exception()  # when call and connection break together, the call's error is the one that is told
+            await self._close_idle()
         landed_s = time.perf_counter() - done_at
         return PrefillOutcome(
-            first_tokens=tuple(_sampled_token(token) for token in done.first_tokens),
+            first_tokens=first_tokens,
             facts=decode_pb2.Prefilled(
                 prefill_worker_id=candidate.worker_id,
                 prefill_queue_s=done.queue_s,
@@ -153,11 +164,27 @@ class PrefillClient:
             ),
         )
 
-    def _stub(self, address: str) -> prefill_pb2_grpc.PrefillServiceStub:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = open_channel(address)
-        return prefill_pb2_grpc.PrefillServiceStub(channel)
+    def _channel(self, candidate: decode_pb2.PrefillCandidate) -> "_Channel":
+        """The channel to a candidate. Raises PeerUnavailable for an address that is none."""
+        address = candidate.address
+        if not is_address(address):
+            raise PeerUnavailable(f"{candidate.worker_id} is said to be at {address!r}, which is not host:port")
+        kept = self._channels.pop(address, None) or _Channel(open_channel(address))
+        self._channels[address] = kept
+        return kept
+
+    async def _close_idle(self) -> None:
+        """Closes the idle channels that were not used for the longest time, as many as there are too many."""
+        excess = max(0, len(self._channels) - MAX_IDLE_CHANNELS)
+        idle = [address for address, kept in self._channels.items() if not kept.num_calls][:excess]
+        for kept in [self._channels.pop(address) for address in idle]:
+            await kept.channel.close()
+
+
+@dataclass(slots=True, eq=False)
+class _Channel:
+    channel: grpc.aio.Channel
+    num_calls: int = 0
 
 
 async def _fence(transfer: IncomingTransfer) -> tuple[bool, asyncio.CancelledError | None]:

@@ -5,10 +5,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from protos.baton.v1 import decode_pb2, decode_pb2_grpc
-from services.core.errors import Incompatible
+from services.core.errors import Incompatible, InvalidRequest
 from services.decode.remote_prefill import PrefillClient
 from services.decode.session import RouterSession
 from services.worker.runtime import Worker
+
+MAX_ROUTER_ID_CHARACTERS = 256  # it is part of every request's name here
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -30,6 +32,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         first = await anext(aiter(commands), None)
         if first is None or first.WhichOneof("kind") != "hello":
             raise Incompatible("a session begins with hello")
+        if len(first.hello.router_id) > MAX_ROUTER_ID_CHARACTERS:
+            raise InvalidRequest("hello.router_id", f"has more than {MAX_ROUTER_ID_CHARACTERS} characters", limit=MAX_ROUTER_ID_CHARACTERS)
         worker = self._worker
         # Numbered: a router that comes again while its old session ends must not meet its own handles.
         self._num_sessions += 1

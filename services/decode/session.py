@@ -28,6 +28,8 @@ from services.worker.runtime import Worker
 # A router that has not read this many tokens has stopped reading.
 MAX_UNREAD_TOKENS = 1 << 16
 LOAD_INTERVAL_S = 0.05
+# Of prefill workers to try for one request; a router names four.
+MAX_CANDIDATES = 16
 
 _log = logging.getLogger(__name__)
 
@@ -131,6 +133,10 @@ class RouterSession:
 
     def _admit(self, start: decode_pb2.Start) -> None:
         sampling = convert.sampling_from_proto(start.sampling)
+        if start.handle + sampling.n - 1 > convert.MAX_U32:
+            raise InvalidRequest("handle", f"{start.handle} leaves no handles for {sampling.n} choices", limit=convert.MAX_U32)
+        if len(start.candidates) > MAX_CANDIDATES:
+            raise InvalidRequest("candidates", f"are {len(start.candidates)}, more than {MAX_CANDIDATES}", limit=MAX_CANDIDATES)
         token_ids = convert.token_ids_from_proto(start.token_ids, "token_ids")
         prompt, output = convert.split_prompt(token_ids, start.prompt_length)
         engine_request = EngineRequest(
@@ -264,7 +270,8 @@ class RouterSession:
                 if is_cancelled:
                     raise asyncio.CancelledError from failure
                 first_block += failure.num_landed
-                if isinstance(cause, InvalidRequest) or not isinstance(cause, BatonError):
+                # Also one that calls the request invalid: the engine here, which would decode it, has found it valid.
+                if not isinstance(cause, BatonError):
                     request.prefilling = None
                     self._fail(request, cause or failure)
                     return

@@ -9,6 +9,7 @@ are noticed at the next sign of life. Nobody but the owner's token can write, so
 """
 
 import enum
+import re
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from itertools import islice
 
 from services.core.prefix_hash import HASH_BYTES
 from services.kv_index.journal import Batch
+from services.mesh.block_events import snapshot_parts
 from services.mesh.redis_store import TIMEOUT_S, RedisStore, Script, ScriptCall
 
 # Of one script run: Redis does nothing else meanwhile.
@@ -27,6 +29,8 @@ _WRITE_TIMEOUT_PER_HASH_S = 20e-6  # about twenty times what one takes
 _OWN = Script("""
 local owner = redis.call('GET', KEYS[1])
 local predecessor = ARGV[4]
+-- No instance makes an owner whose lease does not run: nobody would ever give it up.
+if owner and redis.call('PTTL', KEYS[1]) == -1 then owner = false end
 if owner == ARGV[1] or (not owner and ARGV[3] == '1')
     or (owner and predecessor ~= '' and string.sub(owner, 1, #predecessor) == predecessor) then
   redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
@@ -65,7 +69,15 @@ redis.call('UNLINK', KEYS[3])
 return 'written'
 """)
 _LIST = Script("return redis.call('HGETALL', KEYS[1])")
-_SCAN = Script("local found = redis.call('SSCAN', KEYS[1], ARGV[1], 'COUNT', ARGV[2]) return {found[1], table.concat(found[2])}")
+# A key of another kind is no set of ours: without blocks its worker is left out, and the next snapshot takes its place.
+_SCAN = Script("""
+local found = redis.pcall('SSCAN', KEYS[1], ARGV[1], 'COUNT', ARGV[2])
+if found.err then return {'0', ''} end
+return {found[1], table.concat(found[2])}
+""")
+# What the workers' hash says of one: epoch, number of its last event, number of blocks.
+_RECORD = re.compile(rb"(\d{1,20}):(\d{1,20}) (\d{1,20})")
+_MAX_U64 = 2**64 - 1
 
 
 class Outcome(enum.Enum):
@@ -133,7 +145,7 @@ class RedisCopy:
     async def load(self) -> AsyncIterator[StoredWorker]:
         """Every worker whose lease lives and whose blocks are complete."""
         [fields] = await self._store.run([ScriptCall(script=_LIST, keys=[self._workers])])
-        pairs = iter(zip(fields[::2], fields[1::2], strict=True))
+        pairs = iter([(name, record) for name, record in zip(fields[::2], fields[1::2], strict=True) if _is_text(name)])
         while some := list(islice(pairs, _LOAD_TOGETHER)):
             worker_ids = [worker_id.decode() for worker_id, _ in some]
             scans = await self._store.run([self._scan(worker_id, b"0") for worker_id in worker_ids], timeout_s=_LOAD_TIMEOUT_S)
@@ -142,10 +154,8 @@ class RedisCopy:
                 while cursor != b"0":
                     [[cursor, packed]] = await self._store.run([self._scan(worker_id, cursor)], timeout_s=_LOAD_TIMEOUT_S)
                     hashes.update(_split(packed))
-                position, num_blocks = record.split(b" ")
-                epoch, sequence_number, *partial = position.split(b":")
-                if not partial and int(num_blocks) == len(hashes):
-                    yield StoredWorker(worker_id=worker_id, epoch=int(epoch), sequence_number=int(sequence_number), hashes=hashes)
+                if (worker := _stored_worker(worker_id, record, hashes)) is not None:
+                    yield worker
 
     def _keys(self, worker_id: str) -> list[str]:
         return [self._owner, self._workers, f"{self._prefix}:blocks:{worker_id}"]
@@ -168,6 +178,26 @@ class RedisCopy:
 
     def _scan(self, worker_id: str, cursor: bytes) -> ScriptCall:
         return ScriptCall(script=_SCAN, keys=[f"{self._prefix}:blocks:{worker_id}"], args=[cursor, _MAX_SCRIPT_HASHES])
+
+
+def _stored_worker(worker_id: str, record: bytes, hashes: set[bytes]) -> StoredWorker | None:
+    """None for a worker that was written in part only, or not by us: it is told anew by the worker itself."""
+    read = _RECORD.fullmatch(record)
+    if read is None or {len(block_hash) for block_hash in hashes} - {HASH_BYTES}:
+        return None
+    epoch, sequence_number, num_blocks = (int(number) for number in read.groups())
+    # Events are numbered from 1, and each of them stored as many blocks as one may have.
+    is_possible = epoch <= _MAX_U64 and snapshot_parts(num_blocks) <= sequence_number <= _MAX_U64
+    if not is_possible or num_blocks != len(hashes):
+        return None
+    return StoredWorker(worker_id=worker_id, epoch=epoch, sequence_number=sequence_number, hashes=hashes)
+
+
+def _is_text(name: bytes) -> bool:
+    try:
+        return bool(name.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def _pieces(hashes: Iterable[bytes]) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ from services.mesh.convert import hashes_from_bytes
 
 # Stored and removed hashes together. Applying that many takes an event loop a few milliseconds.
 MAX_EVENT_HASHES = 4096
+MAX_WORKER_ID_CHARACTERS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +28,11 @@ class BlockChange:
 
 def change_from_proto(event: kv_index_pb2.BlockEvent) -> BlockChange:
     """Raises InvalidRequest naming the first field that is malformed."""
-    if not event.worker.worker_id:
-        raise InvalidRequest("event.worker.worker_id", "is empty")
+    length = len(event.worker.worker_id)
+    if not 0 < length <= MAX_WORKER_ID_CHARACTERS:
+        raise InvalidRequest(
+            "event.worker.worker_id", f"has {length} characters, not 1 … {MAX_WORKER_ID_CHARACTERS}", limit=MAX_WORKER_ID_CHARACTERS
+        )
     if event.sequence_number == 0:
         raise InvalidRequest("event.sequence_number", "is 0; the first event has 1", limit=1)
     num_hashes = (len(event.stored) + len(event.removed)) // HASH_BYTES

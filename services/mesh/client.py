@@ -2,6 +2,7 @@
 
 import grpc
 
+MAX_PORT = 65535
 MAX_MESSAGE_BYTES = 64 << 20
 
 _OPTIONS = [
@@ -16,6 +17,13 @@ _OPTIONS = [
     # Two channels to one address must not share a connection: one with a stalled stream would hold up the other.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+
+
+def is_address(text: str, *, lowest_port: int = 1) -> bool:
+    """Whether `text` is host:port. The libraries below take a port beyond the last one modulo 65536: somebody else's."""
+    host, _, port = text.rpartition(":")
+    # Length first: Python refuses to read thousands of digits.
+    return bool(host) and port.isascii() and port.isdigit() and len(port) <= 5 and lowest_port <= int(port) <= MAX_PORT
 
 
 def open_channel(address: str) -> grpc.aio.Channel:

@@ -17,6 +17,7 @@ from services.core.errors import BatonError, ConfigurationError, InvalidRequest
 PREFIX = "BATON_"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _USER_AND_PASSWORD = re.compile(r"(?<=://)[^/\s]*@")
+_PASSWORD_IN_QUERY = re.compile(r"(?<=[?&])((?:user(?:name)?|password)=)[^&#\s]*", re.IGNORECASE)
 
 _Settings = TypeVar("_Settings")
 
@@ -75,8 +76,12 @@ def environment_of(settings: Any) -> dict[str, str]:
 
 def printable(settings: Any) -> dict[str, object]:
     """The settings as logs may show them: without user and password in addresses."""
-    values = dataclasses.asdict(settings)
-    return {name: _USER_AND_PASSWORD.sub("***@", value) if isinstance(value, str) else value for name, value in values.items()}
+    return {name: _masked(value) if isinstance(value, str) else value for name, value in dataclasses.asdict(settings).items()}
+
+
+def _masked(text: str) -> str:
+    # Both are ways in which redis-py takes them: redis://user:password@host and redis://host?password=…
+    return _PASSWORD_IN_QUERY.sub(r"\1***", _USER_AND_PASSWORD.sub("***@", text))
 
 
 def _problem(error: BatonError, fields: Mapping[str, object]) -> str:

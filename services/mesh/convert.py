@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from protos.baton.v1 import common_pb2, prefill_pb2
 from services.core.errors import InvalidRequest
 from services.core.prefix_hash import HASH_BYTES, TOKEN_BYTES, pack_tokens
-from services.core.types import FinishReason, SamplingParams, TokenLogprobs
+from services.core.types import MAX_LOGPROBS, FinishReason, SamplingParams, TokenLogprobs, check_counts
 from services.mesh.kv_transport import KVEndpoint
 
 # Fields whose absence means the checkpoint's default, else that of SamplingParams.
@@ -38,7 +38,11 @@ _REASON = {message: reason for reason, message in _FINISH.items()}
 
 
 def sampling_from_proto(message: common_pb2.SamplingParams, defaults: common_pb2.SamplingParams | None = None) -> SamplingParams:
-    """The message's field, else the default's, else that of SamplingParams. The result is not validated yet."""
+    """The message's field, else the default's, else that of SamplingParams. The result is not validated yet.
+
+    Raises InvalidRequest for more logit biases or stop tokens than anybody takes: reading a million of them would hold up everybody else.
+    """
+    check_counts(num_logit_biases=len(message.logit_bias), num_stop_token_ids=len(message.stop_token_ids))
     values = {}
     for name in _OPTIONAL:
         for source in (message, defaults):
@@ -133,7 +137,9 @@ def logprobs_to_proto(logprobs: TokenLogprobs) -> common_pb2.TokenLogprobs:
 
 
 def logprobs_from_proto(message: common_pb2.TokenLogprobs) -> TokenLogprobs:
-    """Raises InvalidRequest when there are more token ids than logprobs, or fewer."""
+    """Raises InvalidRequest when there are more token ids than logprobs, or fewer, or more than anybody can ask for."""
+    if len(message.top_token_ids) > MAX_LOGPROBS:
+        raise InvalidRequest("logprobs", f"are of {len(message.top_token_ids)} tokens, more than {MAX_LOGPROBS}", limit=MAX_LOGPROBS)
     if len(message.top_token_ids) != len(message.top_logprobs):
         raise InvalidRequest("logprobs", f"{len(message.top_token_ids)} token ids have {len(message.top_logprobs)} values")
     return TokenLogprobs(chosen=message.chosen, top=tuple(zip(message.top_token_ids, message.top_logprobs, strict=True)))

@@ -14,6 +14,8 @@ from typing import Protocol
 import msgspec
 
 from services.core.errors import ConfigurationError, PeerUnavailable
+from services.mesh.block_events import MAX_WORKER_ID_CHARACTERS
+from services.mesh.client import is_address
 from services.mesh.redis_store import RedisStore, Script, ScriptCall
 
 LEASE_S = 3.0
@@ -42,6 +44,7 @@ class Discovery(Protocol):
 
 
 ROLES = ("prefill", "decode")
+MAX_EPOCH = 2**64 - 1  # what a message has room for
 
 
 class StaticDiscovery:
@@ -58,12 +61,11 @@ class StaticDiscovery:
         for entry in entries:
             role, _, place = entry.partition("=")
             worker_id, _, address = place.rpartition("@")
-            host, _, port = address.rpartition(":")
             if role not in ROLES:
                 problems.append(f"workers: {entry!r} has a role that is not one of {', '.join(ROLES)}")
             elif (worker_id or address) in {member.worker_id for member in members}:
                 problems.append(f"workers: {worker_id or address!r} is there twice")
-            elif host and port.isascii() and port.isdigit() and 0 < int(port) < 65536:
+            elif is_address(address):
                 members.append(WorkerRecord(worker_id=worker_id or address, epoch=0, role=role, address=address))
             else:
                 problems.append(f"workers: {entry!r} is not role=host:port or role=worker_id@host:port")
@@ -83,7 +85,8 @@ _ANNOUNCE = Script("""
 local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
 local known = redis.call('HGET', KEYS[1], ARGV[1])
-if known and string.sub(known, 1, 20) > ARGV[2] and tonumber(string.match(known, '^%d+ (%d+)')) > now then return 0 end
+local deadline = known and string.match(known, '^%d+ (%d+) ')
+if deadline and string.sub(known, 1, 20) > ARGV[2] and tonumber(deadline) > now then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], string.format('%s %.0f %s', ARGV[2], now + ARGV[3], ARGV[4]))
 return 1
 """)
@@ -92,7 +95,8 @@ local known = redis.call('HGET', KEYS[1], ARGV[1])
 if known and string.sub(known, 1, 20) == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
 return 1
 """)
-# Returns who lives, after a mark that stays as long as Redis keeps its data.
+# Returns who lives, after a mark that stays as long as Redis keeps its data. What is no announcement goes with those whose lease is over:
+# it must not cost the mesh its members.
 _LIST = Script("""
 local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
@@ -101,7 +105,7 @@ local answer = {redis.call('GET', KEYS[2])}
 local all = redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do
   local deadline, record = string.match(all[i + 1], '^%d+ (%d+) (.*)$')
-  if tonumber(deadline) > now then answer[#answer + 1] = record else redis.call('HDEL', KEYS[1], all[i]) end
+  if deadline and tonumber(deadline) > now then answer[#answer + 1] = record else redis.call('HDEL', KEYS[1], all[i]) end
 end
 return answer
 """)
@@ -207,9 +211,26 @@ def _decode(records: Sequence[bytes]) -> dict[str, WorkerRecord]:
     members = {}
     for text in records:
         try:
-            record = msgspec.json.decode(text, type=WorkerRecord)
-        except msgspec.MsgspecError as error:
+            record = parse_record(text)
+        except ValueError as error:
             _log.warning("an announcement that cannot be read is left out: %s", error)
         else:
             members[record.worker_id] = record
     return members
+
+
+def parse_record(text: bytes) -> WorkerRecord:
+    """An announcement as it lies in Redis. Raises ValueError for what no worker announces: anybody may have written it."""
+    try:
+        record = msgspec.json.decode(text, type=WorkerRecord)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not 0 < len(record.worker_id) <= MAX_WORKER_ID_CHARACTERS:
+        raise ValueError(f"worker_id has {len(record.worker_id)} characters, not 1 … {MAX_WORKER_ID_CHARACTERS}")
+    if not 0 <= record.epoch <= MAX_EPOCH:
+        raise ValueError(f"epoch {record.epoch:.3g} of {record.worker_id} is outside [0, 2**64)")
+    if record.role not in ROLES:
+        raise ValueError(f"role {record.role[:32]!r} of {record.worker_id} is not one of {', '.join(ROLES)}")
+    if not is_address(record.address):
+        raise ValueError(f"address {record.address[:64]!r} of {record.worker_id} is not host:port")
+    return record

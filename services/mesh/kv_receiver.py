@@ -1,7 +1,8 @@
 """Where KV blocks arrive: listens for senders, judges their hellos, and gives each connection a thread that lets blocks into the pool.
 
-Strangers are met on the event loop: within a time limit, few at once, and at the cost of no thread. A connection that was welcomed gets
-its thread, and ends when it breaks the protocol; what the transfers make of that is kv_incoming's. Knows nothing of gRPC or of engines.
+Strangers are met on the event loop: within a time limit, few at once (one more takes the oldest one's place), at the cost of no thread.
+A connection that was welcomed gets its thread, and ends when it breaks the protocol; what the transfers make of that is kv_incoming's.
+Knows nothing of gRPC or of engines.
 """
 
 import asyncio
@@ -72,7 +73,7 @@ class KVReceiver:
         self._checksum = checksum
         self._max_connections, self._handshake_timeout_s = max_connections, handshake_timeout_s
         self._access_key = os.urandom(16)
-        self._strangers: set[socket.socket] = set()
+        self._strangers: dict[socket.socket, None] = {}  # the one that came first is first
         self._connections: set[_Connection] = set()
 
     async def __aenter__(self) -> Self:
@@ -142,10 +143,15 @@ class KVReceiver:
                 _log.warning("cannot accept a KV connection: %s", error)
                 await asyncio.sleep(0.1)  # out of descriptors, most likely: the next try at once would spin
                 continue
-            if len(self._strangers) >= self._max_connections or (transport == "shm" and not _is_same_user(sock)):
+            if transport == "shm" and not _is_same_user(sock):
                 sock.close()
                 continue
-            self._strangers.add(sock)
+            if len(self._strangers) >= self._max_connections:
+                # Who has been silent for the longest time makes room: a sender says hello at once, a crowd that only waits never does.
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]
+                shut_down(oldest, socket.SHUT_RDWR)  # its handshake reads the end of it
+            self._strangers[sock] = None
             self._tasks.create_task(self._meet(sock, transport))
 
     async def _meet(self, sock: socket.socket, transport: str) -> None:
@@ -161,7 +167,7 @@ class KVReceiver:
         except OSError as error:
             _log.warning("a KV connection over %s failed at its hello: %s", transport, error or type(error).__name__)
         finally:
-            self._strangers.discard(sock)
+            self._strangers.pop(sock, None)
             if not welcome:
                 sock.close()
         if welcome:

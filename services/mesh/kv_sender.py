@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 from services.core.errors import Incompatible, InvalidRequest, PeerUnavailable
+from services.mesh.client import is_address
 from services.mesh.kv_channel import SendingHalf, ShmSendingHalf, TcpSendingHalf
 from services.mesh.kv_memory import KVMemory, PeerMemory, read_host_id
 from services.mesh.kv_outgoing import Connection, InlineBlock, InlineTransfer
@@ -209,6 +210,8 @@ async def _dial_unix(address: str) -> socket.socket:
 
 async def _dial_tcp(address: str) -> socket.socket:
     loop = asyncio.get_running_loop()
+    if not is_address(address):
+        raise ValueError(f"{address!r} is not host:port")
     host, _, port = address.rpartition(":")
     family, kind, protocol, _, resolved = (await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM))[0]
     sock = socket.socket(family, kind, protocol)

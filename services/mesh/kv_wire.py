@@ -83,7 +83,10 @@ class Hello:
         if len(data) != HELLO_BYTES or data[:4] != _MAGIC:
             raise ProtocolViolation("no hello of this protocol")
         _, checksum, access_key, layout_digest, block_bytes = _HELLO.unpack(data)
-        return cls(access_key=access_key, layout_digest=layout_digest, block_bytes=block_bytes, checksum=bool(checksum))
+        hello = cls(access_key=access_key, layout_digest=layout_digest, block_bytes=block_bytes, checksum=bool(checksum))
+        if hello.pack() != data:
+            raise ProtocolViolation("a hello with bits that mean nothing in this version")
+        return hello
 
 
 def layout_digest(layout_fingerprint: bytes) -> bytes:

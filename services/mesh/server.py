@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.core.errors import ConfigurationError, InvalidRequest
 from services.mesh import logs, status
-from services.mesh.client import MAX_MESSAGE_BYTES
+from services.mesh.client import MAX_MESSAGE_BYTES, is_address
 from services.mesh.config import load_settings, printable
 
 REQUEST_ID_METADATA = "x-request-id"
@@ -64,8 +64,7 @@ class ProcessSettings:
 
 def check_address(field: str, address: str) -> None:
     """Raises InvalidRequest unless it is host:port."""
-    host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+    if not is_address(address, lowest_port=0):
         raise InvalidRequest(field, f"{address!r} is not host:port")
 
 
@@ -127,6 +126,7 @@ class MeshServer:
         services: Sequence[str],
         drain_timeout_s: float = 30.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        handshake_timeout_s: float = 10.0,
     ) -> None:
         """`register` adds the servicers; `services` are their full names, for health and reflection.
 
@@ -141,6 +141,8 @@ class MeshServer:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", -1),
+                # Who connects and does not speak HTTP/2 by then is hung up on; the library's own patience is two minutes.
+                ("grpc.server_handshake_timeout_ms", round(handshake_timeout_s * 1000)),
             ],
         )
         register(self._server)

@@ -17,11 +17,16 @@ MAX_STOP_CHARACTERS = 1024
 
 def check_stops(stop: Sequence[str]) -> None:
     """Raises InvalidRequest when there are too many stop strings, or one is empty or too long."""
-    if len(stop) > MAX_STOPS:
-        raise InvalidRequest("stop", f"has {len(stop)} strings; at most {MAX_STOPS} are taken", limit=MAX_STOPS)
+    check_num_stops(len(stop))
     for text in stop:
         if not 0 < len(text) <= MAX_STOP_CHARACTERS:
             raise InvalidRequest("stop", f"a string has {len(text)} characters, not 1 … {MAX_STOP_CHARACTERS}", limit=MAX_STOP_CHARACTERS)
+
+
+def check_num_stops(num_stops: int) -> None:
+    """Raises InvalidRequest when there are too many stop strings."""
+    if num_stops > MAX_STOPS:
+        raise InvalidRequest("stop", f"has {num_stops} strings; at most {MAX_STOPS} are taken", limit=MAX_STOPS)
 
 
 class Shown(NamedTuple):  # one for each token

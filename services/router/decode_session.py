@@ -13,7 +13,7 @@ import grpc
 
 from protos.baton.v1 import common_pb2, decode_pb2, decode_pb2_grpc
 from services.core.errors import BatonError, PeerUnavailable, SlowReader
-from services.core.types import FinishReason, TokenLogprobs
+from services.core.types import MAX_CHOICES, FinishReason, TokenLogprobs
 from services.mesh import convert, status
 from services.mesh.client import open_channel
 from services.mesh.streams import SILENCE_S, Listening
@@ -21,6 +21,8 @@ from services.mesh.streams import SILENCE_S, Listening
 RECONNECT_S = 0.2
 # Arrivals that wait for a client which does not read; each has a token or more.
 MAX_UNREAD_ARRIVALS = 1 << 14
+# Of the first choice of a request; after it a session has none for another.
+LAST_HANDLE = convert.MAX_U32 - MAX_CHOICES
 
 _log = logging.getLogger(__name__)
 _Call = grpc.aio.StreamStreamCall[decode_pb2.SessionCommand, decode_pb2.StepFrame]
@@ -143,6 +145,7 @@ class DecodeSession:
         on_lost: Callable[[], None],
     ) -> None:
         self._address = address
+        self._peer = address  # what messages call it: by its name, once it has told that
         self._router_id = router_id
         self._on_welcome = on_welcome
         self._on_load = on_load
@@ -164,20 +167,20 @@ class DecodeSession:
                 was_up = False
                 try:
                     await self._hold(stub)
-                    error: BatonError = PeerUnavailable(f"{self._address} ended the session")
+                    error: BatonError = PeerUnavailable(f"{self._peer} ended the session")
                 except grpc.aio.AioRpcError as rpc_error:
-                    error = status.from_rpc_error(rpc_error, self._address)
+                    error = status.from_rpc_error(rpc_error, self._peer)
                 except BatonError as failure:
                     error = failure
                 except Exception:
                     # Whatever a worker sends, it costs its own session and not the router.
-                    _log.exception("the session with %s failed", self._address)
-                    error = PeerUnavailable(f"the session with {self._address} failed")
+                    _log.exception("the session with %s failed", self._peer)
+                    error = PeerUnavailable(f"the session with {self._peer} failed")
                 finally:
                     was_up = self.is_up
-                    self._lose(PeerUnavailable(f"the session with {self._address} has ended"))
+                    self._lose(PeerUnavailable(f"the session with {self._peer} has ended"))
                 if was_up or error.message != said:  # not once more for each try
-                    _log.warning("no session with %s: %s", self._address, error.message)
+                    _log.warning("no session with %s: %s", self._peer, error.message)
                     said = error.message
                 await asyncio.sleep(RECONNECT_S)
 
@@ -187,7 +190,9 @@ class DecodeSession:
         Sets start.handle. Raises PeerUnavailable while there is no session.
         """
         if not self.is_up:
-            raise PeerUnavailable(f"there is no session with {self._address}")
+            raise PeerUnavailable(f"there is no session with {self._peer}")
+        if self._next_handle > LAST_HANDLE:
+            raise PeerUnavailable(f"the session with {self._peer} has used up its handles: it is made again when its requests have ended")
         handles = range(self._next_handle, self._next_handle + len(choices))
         self._next_handle = handles.stop
         start.handle = handles.start
@@ -238,10 +243,12 @@ class DecodeSession:
 
     async def _watch_silence(self) -> None:
         # Beside the reader, not around each of its frames: a hundred of them come in a second, from every worker.
-        await self._listening.wait_silence(on_tick=self._send_heartbeat)
-        raise PeerUnavailable(f"{self._address} has said nothing for {SILENCE_S} s")
+        await self._listening.wait_silence(on_tick=self._tick)
+        raise PeerUnavailable(f"{self._peer} has said nothing for {SILENCE_S} s")
 
-    def _send_heartbeat(self) -> None:
+    def _tick(self) -> None:
+        if self._next_handle > LAST_HANDLE and not self._places:
+            raise PeerUnavailable(f"the session with {self._peer} has used up its handles")
         if self._commands.empty():  # else something is said anyway, or nothing is taken any more
             self._commands.put_nowait(decode_pb2.SessionCommand(heartbeat=decode_pb2.Heartbeat()))
 
@@ -251,12 +258,15 @@ class DecodeSession:
             try:
                 await call.write(command)
             except asyncio.InvalidStateError:
-                raise PeerUnavailable(f"{self._address} ended the session") from None
+                raise PeerUnavailable(f"{self._peer} ended the session") from None
 
     def _take(self, frame: decode_pb2.StepFrame) -> None:
+        if frame.HasField("hello") == self.is_up:
+            raise PeerUnavailable(f"{self._peer} said hello {'twice' if self.is_up else 'too late'}")
         if frame.HasField("hello"):
-            self.is_up = True
             self._on_welcome(frame.hello)
+            self._peer = frame.hello.worker.worker_id
+            self.is_up = True
         if frame.HasField("load"):
             self._on_load(frame.load)
         for prefilled in frame.prefilled:
@@ -268,7 +278,7 @@ class DecodeSession:
         endings = {ending.handle: ending for ending in frame.endings}
         if frame.handles:
             if not len(frame.handles) == len(frame.positions) == len(frame.token_ids) or len(frame.handles) % 4:
-                raise PeerUnavailable(f"{self._address} sent a frame whose columns are not whole or differ in length")
+                raise PeerUnavailable(f"{self._peer} sent a frame whose columns are not whole or differ in length")
             handles, positions = convert.unpack_u32(frame.handles), convert.unpack_u32(frame.positions)
             token_ids = convert.unpack_u32(frame.token_ids)
             if endings or frame.logprobs or len(set(handles)) < len(handles):
@@ -308,14 +318,14 @@ class DecodeSession:
             stream = place.stream
             first = positions[indices[0]]
             if [positions[index] for index in indices] != list(range(first, first + len(indices))):
-                stream.fail(PeerUnavailable(f"{self._address} sent positions with a gap"))
+                stream.fail(PeerUnavailable(f"{self._peer} sent positions with a gap"))
                 continue
             reason = None
             ending = endings.get(handle)
             if ending is not None and not ending.HasField("error"):
                 del endings[handle]
                 del self._places[handle]
-                reason = convert.finish_reason_from_proto(ending.finish_reason)
+                reason = convert.finish_reason_from_proto(ending.finish_reason) or FinishReason.ABORT
             stream.push(
                 place.choice,
                 first,

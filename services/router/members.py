@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import grpc
 
 from protos.baton.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc, status_pb2
-from services.core.errors import BatonError, PeerUnavailable
+from services.core.errors import BatonError, Incompatible, PeerUnavailable
 from services.mesh import convert, status
+from services.mesh.block_events import MAX_WORKER_ID_CHARACTERS
 from services.mesh.client import open_channel
 from services.mesh.discovery import Discovery, WorkerRecord
 from services.mesh.index_client import IndexReplica
@@ -171,6 +172,12 @@ class Members:
                         self._reported(member, response.load)
                 except grpc.aio.AioRpcError as rpc_error:
                     error = status.from_rpc_error(rpc_error, address)
+                except BatonError as failure:
+                    error = failure
+                except Exception:
+                    # Whatever a worker sends, it costs its own stream and not the router.
+                    _log.exception("the load stream of %s failed", address)
+                    error = PeerUnavailable(f"the load stream of {address} failed")
                 finally:
                     call.cancel()
                     was_up = member.worker is not None
@@ -181,6 +188,12 @@ class Members:
                 await asyncio.sleep(RECONNECT_S)
 
     def _connected(self, member: Member, worker: common_pb2.WorkerId, identity: common_pb2.ModelIdentity) -> None:
+        """Raises Incompatible or InvalidRequest, and changes nothing, for a worker that cannot be what it says."""
+        if member.worker is not None:
+            raise Incompatible(f"{member.record.address} has said already who it is")
+        if any(other.worker is not None and other.worker.worker_id == worker.worker_id for other in self._members.values()):
+            raise Incompatible(f"{member.record.address} calls itself {worker.worker_id[:64]!r}, as another worker does")
+        _check_identity(worker, identity)
         if self.fleet is None or not self._serves_anybody():
             if member.record.role != "decode":
                 # Which model is served is the decode workers' to say; this one is met again when one has.
@@ -234,6 +247,16 @@ class Members:
         if member.worker is not None and self.fleet is not None:
             self.fleet.leave(member.worker.worker_id)
         member.worker = member.load = None
+
+
+def _check_identity(worker: common_pb2.WorkerId, identity: common_pb2.ModelIdentity) -> None:
+    """Raises Incompatible or InvalidRequest for what nobody could be served from: the first worker's word is every request's limits."""
+    if not 0 < len(worker.worker_id) <= MAX_WORKER_ID_CHARACTERS:
+        raise Incompatible(f"a worker's name has {len(worker.worker_id)} characters, not 1 … {MAX_WORKER_ID_CHARACTERS}")
+    for name, least in (("block_size", 1), ("block_bytes", 1), ("max_model_len", 2), ("vocab_size", 1)):
+        if getattr(identity, name) < least:
+            raise Incompatible(f"{worker.worker_id} has a {name} of {getattr(identity, name)}")
+    convert.sampling_from_proto(common_pb2.SamplingParams(), identity.defaults).validate(vocab_size=identity.vocab_size)
 
 
 async def _part(member: Member) -> None:

@@ -14,6 +14,7 @@ from services.tokenizer.tokenizer import Tokenizer
 
 # Above this the tokenizer would hold up everybody else's tokens; it releases the interpreter lock.
 LONG_TEXT_CHARACTERS = 4_000
+LONG_CHAT_MESSAGES = 64
 
 
 class Prompts:
@@ -40,11 +41,7 @@ class Prompts:
 
     async def encode_all(self, texts: Sequence[str], field: str, *, add_special_tokens: bool) -> list[list[int]]:
         """The same for each of several texts."""
-        # Before any work: ten megabytes would keep the tokenizer busy for seconds, to be refused for their number of tokens afterwards.
-        limit = self.identity().max_model_len * self.tokenizer.max_token_characters
-        longest = max(map(len, texts))
-        if longest > limit:
-            raise InvalidRequest(field, f"has {longest} characters; the model takes no text of more than {limit}", limit=limit)
+        self._check_length(max(map(len, texts)), field)
 
         def encode() -> list[list[int]]:
             return [self.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
@@ -68,17 +65,30 @@ class Prompts:
         Raises InvalidRequest for what the template does not take.
         """
 
+        self.check_num_messages(len(messages), field)
+        self._check_length(num_characters, field)
+
         def render() -> str:
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=documents, variables=variables
             )
 
-        text = render() if num_characters <= LONG_TEXT_CHARACTERS else await asyncio.to_thread(render)
+        is_short = num_characters <= LONG_TEXT_CHARACTERS and len(messages) <= LONG_CHAT_MESSAGES
+        text = render() if is_short else await asyncio.to_thread(render)
         return await self.encode(text, field, add_special_tokens=add_special_tokens)
 
+    def check_num_messages(self, num_messages: int, field: str) -> None:
+        """Raises InvalidRequest naming `field` for more messages than the model takes tokens: the template writes one at least for each."""
+        limit = self.identity().max_model_len
+        if num_messages > limit:
+            raise InvalidRequest(field, f"are {num_messages}; the model takes {limit} tokens", limit=limit)
+
     async def decode(self, token_ids: Sequence[int], field: str) -> str:
-        """Raises InvalidRequest naming `field` for an id that the model does not have."""
-        vocab_size = self.identity().vocab_size
+        """Raises InvalidRequest naming `field` for an id that the model does not have, or more of them than its sequences have."""
+        identity = self.identity()
+        limit, vocab_size = identity.max_model_len, identity.vocab_size
+        if len(token_ids) > limit:
+            raise InvalidRequest(field, f"has {len(token_ids)} tokens; the model's sequences have no more than {limit}", limit=limit)
 
         def decode() -> str:
             if token_ids:
@@ -87,3 +97,9 @@ class Prompts:
             return self.tokenizer.decode(token_ids)
 
         return await asyncio.to_thread(decode)
+
+    def _check_length(self, num_characters: int, field: str) -> None:
+        # Before any work: ten megabytes would keep the tokenizer busy for seconds, to be refused for their number of tokens afterwards.
+        limit = self.identity().max_model_len * self.tokenizer.max_token_characters
+        if num_characters > limit:
+            raise InvalidRequest(field, f"has {num_characters} characters; the model takes no text of more than {limit}", limit=limit)

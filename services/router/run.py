@@ -130,6 +130,9 @@ class Run:
         if arrival.choice not in self._open_choices:
             return None
         choice, token_ids, logprobs, finish_reason = arrival
+        assert self.sampling.max_tokens is not None
+        if len(self._outputs[choice]) + len(token_ids) > self.sampling.max_tokens:
+            raise PeerUnavailable(f"{self.decode_worker_id} did not end a choice after {self.sampling.max_tokens} tokens")
         text, num_tokens, finish_reason = self._texts[choice].push(token_ids, finish_reason)
         self.completion_tokens += num_tokens
         self._outputs[choice] += token_ids

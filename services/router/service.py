@@ -10,6 +10,7 @@ from protos.baton.v1 import inference_pb2, inference_pb2_grpc, status_pb2, statu
 from services.core.errors import InvalidRequest
 from services.mesh import convert, logs
 from services.mesh.telemetry import trace_context
+from services.router.choice import check_num_stops
 from services.router.generation import Generator
 from services.router.members import Members
 from services.router.prompts import Prompts
@@ -32,7 +33,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             request_id=logs.request_id.get(),
             prompt_token_ids=prompt,
             sampling=convert.sampling_from_proto(request.sampling, identity.defaults),
-            stop=tuple(request.stop),
+            stop=_stops(request),
             cache_salt=request.cache_salt.encode(),
             remaining_s=remaining_s,
             trace_context=trace_context(context.invocation_metadata()),
@@ -93,6 +94,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _encode_chat(self, chat: inference_pb2.Chat) -> list[int]:
         if not chat.messages:
             raise InvalidRequest("chat.messages", "is empty", limit=1)
+        self._prompts.check_num_messages(len(chat.messages), "chat.messages")  # before a million of them are copied
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         return await self._prompts.encode_chat(messages, "chat", num_characters=chat.ByteSize())
 
@@ -115,6 +117,11 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
             self._generator.statistics.fill(message)
             yield message
             await asyncio.sleep(interval_s)
+
+
+def _stops(request: inference_pb2.GenerateRequest) -> tuple[str, ...]:
+    check_num_stops(len(request.stop))  # before a million of them are copied
+    return tuple(request.stop)
 
 
 def _delta_to_proto(delta: Delta) -> inference_pb2.GenerateResponse:

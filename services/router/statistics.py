@@ -8,6 +8,7 @@ from protos.baton.v1 import status_pb2
 
 WINDOW_S = 60.0
 MAX_SAMPLES = 10_000
+MAX_U64 = 2**64 - 1
 
 
 class Latencies:
@@ -64,7 +65,8 @@ class RouterStatistics:
             "output_tokens",
             "kv_bytes",
         ):
-            setattr(message, name, getattr(self, name))
+            # Some are sums of what workers say, which may be anything.
+            setattr(message, name, min(getattr(self, name), MAX_U64))
         message.ttft.CopyFrom(self.ttft.summary())
         message.tpot.CopyFrom(self.tpot.summary())
 

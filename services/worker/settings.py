@@ -57,7 +57,7 @@ class WorkerSettings(ProcessSettings):
         return EngineSettings(
             dtype=self.dtype,
             max_model_len=self.max_model_len,
-            block_size=self.block_size or (16 if self.model == "demo" else 64),
+            block_size=(16 if self.model == "demo" else 64) if self.block_size is None else self.block_size,
             kv_memory_bytes=self.kv_memory_bytes,
             max_num_seqs=self.max_num_seqs,
             max_num_requests=self.max_num_requests,

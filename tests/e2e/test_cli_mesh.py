@@ -230,9 +230,9 @@ def test_up_when_a_worker_cannot_start_shows_its_last_words_and_leaves_nothing(b
     [
         (("--model", "./nowhere"), 1, "error: ./nowhere: no such checkpoint directory"),
         (("--model", "."), 1, "config.json: no such file"),
-        (("--dtype", "int8"), 1, "'int8' is not one of auto, float32, bfloat16, float16"),
+        (("--dtype", "int8"), 2, "'int8' is not one of auto, float32, bfloat16, float16"),
         (("--decode", "0"), 2, "error: --decode: 0 is outside [1, 64]"),
-        (("--set", "colour=red"), 1, "error: --set colour=red: no such setting of any process"),
+        (("--set", "colour=red"), 2, "error: --set colour=red: no such setting of any process"),
         (("--log-dir", sys.executable), 2, f"error: --log-dir: {sys.executable}: File exists"),
     ],
 )

@@ -83,7 +83,7 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """Turns token ids into text. Idempotent. Errors: INVALID_ARGUMENT, NOT_FOUND.
+        """Turns token ids, as many as the model's context has at most, into text. Idempotent. Errors: INVALID_ARGUMENT, NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -136,3 +136,20 @@ def test_validate_when_fields_are_anything_raises_nothing_but_invalid_request(fl
 def test_params_when_asked_what_they_do_say_so(fields: dict[str, float], greedy: bool, penalties: bool, filters: bool) -> None:
     params = make_params(**fields)
     assert (params.is_greedy, params.has_penalties, params.has_filters) == (greedy, penalties, filters)
+
+
+@pytest.mark.parametrize(
+    ("field", "most", "fields"),
+    [
+        ("logit_bias", 4096, {"logit_bias": dict.fromkeys(range(4097), 1.0)}),
+        ("stop_token_ids", 1024, {"stop_token_ids": (5,) * 1025}),
+    ],
+)
+def test_validate_when_a_collection_has_one_too_many_raises_with_the_number_that_is_taken(
+    field: str, most: int, fields: dict[str, Any]
+) -> None:
+    one_less = dict(list(fields[field].items())[1:]) if field == "logit_bias" else fields[field][1:]
+    make_params(**{field: one_less}).validate(vocab_size=5000)
+    with pytest.raises(InvalidRequest) as caught:
+        make_params(**fields).validate(vocab_size=5000)
+    assert (caught.value.field, caught.value.limit) == (field, most)

@@ -128,10 +128,10 @@ def test_write_when_redis_lost_a_part_then_it_is_refused_and_load_leaves_the_wor
 def test_write_when_a_batch_is_big_then_all_of_it_or_a_refusal_comes_through(server: RedisServer) -> None:
     async def test(store: RedisStore) -> None:
         copy = await owner_of(store)
-        big = delta(1, 2, stored=HASHES[20_000:], removed=HASHES[:19_999])
+        big = delta(9, 10, stored=HASHES[20_000:], removed=HASHES[:19_999])
         assert await copy.write([big]) == [Outcome.REFUSED]
-        assert await copy.write([snapshot(1, HASHES[:20_000]), big]) == [Outcome.WRITTEN] * 2
-        assert await loaded(copy) == stored(2, HASHES[19_999:])
+        assert await copy.write([snapshot(9, HASHES[:20_000]), big]) == [Outcome.WRITTEN] * 2
+        assert await loaded(copy) == stored(10, HASHES[19_999:])
 
     run(server, test)
 
@@ -139,13 +139,13 @@ def test_write_when_a_batch_is_big_then_all_of_it_or_a_refusal_comes_through(ser
 def test_load_when_a_big_batch_was_cut_short_then_leaves_the_worker_out(server: RedisServer) -> None:
     async def test(store: RedisStore) -> None:
         copy = await owner_of(store)
-        pieces = list(copy._calls(snapshot(1, HASHES)))
+        pieces = list(copy._calls(snapshot(10, HASHES)))
         assert len(pieces) == 3
         await store.run(pieces[:2])
         assert await loaded(copy) == []
-        assert await copy.write([delta(1, 1, stored=[], removed=[])]) == [Outcome.REFUSED]
+        assert await copy.write([delta(10, 10, stored=[], removed=[])]) == [Outcome.REFUSED]
         await store.run(pieces[2:])
-        assert await loaded(copy) == stored(1, HASHES)
+        assert await loaded(copy) == stored(10, HASHES)
 
     run(server, test)
 
@@ -180,5 +180,65 @@ def test_leases_when_anything_is_written_then_every_key_has_one(server: RedisSer
         for key in keys:
             lease_ms = await command(store, "return redis.call('PTTL', ARGV[1])", key)
             assert isinstance(lease_ms, int) and 5_000 < lease_ms <= 10_000
+
+    run(server, test)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *[b"", b"x", b"1:2", b"1:2 ", b"1:2:3 2", b"a:b 2", b"-1:2 2", b"1:2 2 2", b"1:2 -2", "١:٢ ٢".encode(), b"1:2 " + b"9" * 5000],
+        b"18446744073709551616:2 2",  # more than a message has room for
+        b"1:18446744073709551616 2",
+        b"1:0 2",  # no event has stored them
+    ],
+)
+def test_load_when_a_workers_record_is_not_ours_leaves_it_out_and_takes_the_others(server: RedisServer, record: bytes) -> None:
+    async def test(store: RedisStore) -> None:
+        copy = await owner_of(store)
+        other = Batch(worker_id="v", epoch=1, follows=None, sequence_number=1, stored=set(HASHES[:3]))
+        await copy.write([snapshot(7, HASHES[:2]), other])
+        await command(store, "return redis.call('HSET', 'baton:{test}:index:workers', 'w', ARGV[1])", record)
+        await command(store, "return redis.call('HSET', 'baton:{test}:index:workers', ARGV[1], '1:1 0')", b"\xff\xfe")
+        assert [worker.worker_id for worker in await loaded(copy)] == ["v"]
+        assert await copy.write([snapshot(8, HASHES[:2])]) == [Outcome.WRITTEN]
+        assert stored(8, HASHES[:2])[0] in await loaded(copy)
+
+    run(server, test)
+
+
+def test_load_when_a_worker_has_more_blocks_than_its_events_can_have_stored_leaves_it_out(server: RedisServer) -> None:
+    """The bug that this keeps away ended the service: such a worker's snapshot has no first number."""
+
+    async def test(store: RedisStore) -> None:
+        copy = await owner_of(store)
+        await copy.write([snapshot(1, HASHES[:5000])])
+        assert await loaded(copy) == []
+        await copy.write([snapshot(2, HASHES[:5000])])
+        assert await loaded(copy) == stored(2, HASHES[:5000])
+
+    run(server, test)
+
+
+@pytest.mark.parametrize("spoil", ["'SET', KEY, 'x'", "'SADD', KEY, 'short'", "'HSET', KEY, 'a', 'b'"])
+def test_load_when_a_workers_blocks_are_no_hashes_leaves_it_out_until_its_next_snapshot(server: RedisServer, spoil: str) -> None:
+    async def test(store: RedisStore) -> None:
+        copy = await owner_of(store)
+        await copy.write([snapshot(1, [])])
+        await command(store, f"return redis.call({spoil.replace('KEY', repr(BLOCKS))})")
+        assert [worker.hashes for worker in await loaded(copy) if worker.hashes] == []
+        assert await copy.write([snapshot(2, HASHES[:2])]) == [Outcome.WRITTEN]
+        assert await loaded(copy) == stored(2, HASHES[:2])
+
+    run(server, test)
+
+
+def test_own_when_somebody_left_an_owner_without_a_lease_takes_the_index(server: RedisServer) -> None:
+    """No instance does so; whoever did will not come back to give it up."""
+
+    async def test(store: RedisStore) -> None:
+        await command(store, "return redis.call('SET', 'baton:{test}:index:owner', 'junk')")
+        assert (await copy_of(store).own(may_take=True)).ours
+        assert not (await copy_of(store, "b").own(may_take=True)).ours
 
     run(server, test)

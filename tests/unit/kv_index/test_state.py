@@ -1,6 +1,10 @@
 """What the service believes: verdicts on events, leases, snapshots for watchers."""
 
+import contextlib
+
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 from protos.baton.v1 import common_pb2, kv_index_pb2
 from services.core.errors import InvalidRequest
@@ -112,3 +116,38 @@ def test_change_from_proto_when_an_event_is_malformed_then_names_the_field(field
     with pytest.raises(InvalidRequest) as caught:
         change_from_proto(kv_index_pb2.BlockEvent(**fields))  # type: ignore[arg-type]
     assert caught.value.field == named
+
+
+NUMBERS = st.integers(0, 4) | st.integers(0, 2**64 - 1)
+PACKED = st.lists(st.sampled_from(HASHES[:4]), max_size=4).map(b"".join) | st.binary(max_size=40)
+EVENTS = st.builds(
+    kv_index_pb2.BlockEvent,
+    worker=st.builds(common_pb2.WorkerId, worker_id=st.sampled_from(["w", "v", ""]) | st.text(max_size=300), epoch=NUMBERS),
+    sequence_number=NUMBERS,
+    snapshot=st.booleans(),
+    removed=PACKED,
+    stored=PACKED,
+    gone=st.booleans(),
+)
+
+
+@given(st.lists(EVENTS, max_size=12))
+def test_state_when_events_are_anything_holds_what_its_snapshots_tell(events: list[kv_index_pb2.BlockEvent]) -> None:
+    state = IndexState(lease_ticks=3)
+    for event in events:
+        with contextlib.suppress(InvalidRequest):
+            state.offer(change_from_proto(event))
+        for worker_id in ("w", "v"):
+            if worker_id in state.index:
+                told = PrefixIndex()
+                for change in map(change_from_proto, state.snapshot(worker_id)):
+                    if change.snapshot:
+                        told.replace(worker_id, epoch=change.epoch, sequence_number=change.sequence_number, hashes=change.stored)
+                assert (told.position(worker_id), told.hashes(worker_id)) == (
+                    state.index.position(worker_id),
+                    state.index.hashes(worker_id),
+                )
+    for _ in range(4):
+        state.tick()
+    assert state.index.num_entries == 0
+    assert not any(state.index.worker_ids)

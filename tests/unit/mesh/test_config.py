@@ -9,7 +9,11 @@ import pytest
 from hypothesis import given
 
 from services.core.errors import CheckpointError, ConfigurationError, InvalidRequest
+from services.kv_index.settings import KVIndexSettings
 from services.mesh.config import environment_of, load_settings, printable
+from services.mesh.server import ProcessSettings
+from services.router.settings import RouterSettings
+from services.worker.settings import WorkerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +168,35 @@ def test_environment_of_when_loaded_again_gives_equal_settings(settings: Setting
     assert load_settings(Settings, environment_of(settings)) == settings
 
 
+# What an operator's slip, or a template that was not filled in, may leave in a variable.
+ODD = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12) | st.sampled_from(
+    ["0", "-1", "1e999", "nan", "9" * 5000, "host:" + "9" * 5000, "true", "[::1]:80", "10.0.0.1:7000", "decode=10.0.0.1:7000", "{}", ","]
+)
+
+
+@pytest.mark.parametrize("kind", [RouterSettings, WorkerSettings, KVIndexSettings])
+@given(data=st.data())
+def test_load_settings_when_an_environment_is_anything_gives_settings_or_names_each_variable(
+    kind: type[ProcessSettings], data: st.DataObject
+) -> None:
+    names = [f"BATON_{name.upper()}" for name in kind.__dataclass_fields__]
+    environ = data.draw(st.dictionaries(st.sampled_from([*names, "BATON_", "BATON_NOBODY", "PATH"]), ODD, max_size=8))
+    unknown = {name for name in environ if name in ("BATON_", "BATON_NOBODY")}
+    try:
+        assert environment_of(load_settings(kind, environ)).keys() <= set(names)
+        problems: tuple[str, ...] = ()
+    except ConfigurationError as error:
+        problems = error.problems
+        assert problems
+    assert all(problem.startswith("BATON_") for problem in problems)
+    assert unknown <= {problem.partition(":")[0] for problem in problems}
+
+
+def test_worker_settings_when_the_block_size_is_zero_are_refused_and_not_taken_for_unset() -> None:
+    with pytest.raises(ConfigurationError, match="BATON_BLOCK_SIZE: 0 is less than 1"):
+        load_settings(WorkerSettings, {"BATON_BLOCK_SIZE": "0"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
     limit: int | None = 5
@@ -202,6 +235,8 @@ class Addresses:
         ("redis://:secret@cache:6379/0", "redis://***@cache:6379/0"),
         ("rediss://user:se@cret@cache/0", "rediss://***@cache/0"),
         ("redis://cache:6379/0", "redis://cache:6379/0"),
+        ("redis://cache:6379/0?password=secret&db=1", "redis://cache:6379/0?password=***&db=1"),
+        ("unix:///run/redis.sock?db=1&USERNAME=secret&Password=se@cret", "unix:///run/redis.sock?db=1&USERNAME=***&Password=***"),
         (None, None),
     ],
 )

@@ -221,3 +221,47 @@ def test_first_difference_when_two_workers_are_compared_names_what_forbids_a_tra
 def test_endpoint_when_sent_gives_equal_values_back(endpoint: KVEndpoint) -> None:
     packed = convert.endpoint_to_proto(endpoint).SerializeToString()
     assert convert.endpoint_from_proto(prefill_pb2.KVEndpoint.FromString(packed)) == endpoint
+
+
+ANY_FLOAT = st.floats() | st.just(-0.0)
+ANY_SAMPLING = st.builds(
+    common_pb2.SamplingParams,
+    temperature=st.none() | ANY_FLOAT,
+    top_k=st.none() | U32,
+    top_p=st.none() | ANY_FLOAT,
+    repetition_penalty=st.none() | ANY_FLOAT,
+    logit_bias=st.dictionaries(U32, ANY_FLOAT, max_size=3),
+    seed=st.none() | st.integers(0, 2**64 - 1),
+    n=st.none() | U32,
+    min_tokens=U32,
+    max_tokens=st.none() | U32,
+    stop_token_ids=st.lists(U32, max_size=3) | st.just([1] * 1025),
+    logprobs=st.none() | U32,
+)
+
+
+@given(ANY_SAMPLING, ANY_SAMPLING, st.integers(1, 2**32))
+def test_sampling_when_a_message_is_anything_gives_a_value_that_is_refused_or_can_be_sent_on(
+    message: common_pb2.SamplingParams, defaults: common_pb2.SamplingParams, vocab_size: int
+) -> None:
+    params: SamplingParams | None
+    limit: object = None
+    try:
+        params = convert.sampling_from_proto(message, defaults)
+        params.validate(vocab_size=vocab_size)
+    except InvalidRequest as error:
+        params, limit = None, error.limit
+    if params is None:
+        assert limit is not None
+    else:
+        assert convert.sampling_from_proto(convert.sampling_to_proto(params)) == params
+
+
+@given(st.lists(U32, max_size=25), st.lists(FLOAT32 | st.floats(width=32), max_size=25))
+def test_logprobs_when_a_message_is_anything_have_as_many_values_as_tokens_or_are_refused(ids: list[int], values: list[float]) -> None:
+    message = common_pb2.TokenLogprobs(top_token_ids=ids, top_logprobs=values)
+    if len(ids) == len(values) <= 20:
+        assert [token_id for token_id, _ in convert.logprobs_from_proto(message).top] == ids
+    else:
+        with pytest.raises(InvalidRequest):
+            convert.logprobs_from_proto(message)

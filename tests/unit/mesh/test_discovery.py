@@ -2,16 +2,20 @@
 
 import asyncio
 import contextlib
+import json
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
+import hypothesis.strategies as st
 import msgspec
 import pytest
+from hypothesis import given
 
+from protos.baton.v1 import common_pb2
 from services.core.errors import ConfigurationError, PeerUnavailable
-from services.mesh.discovery import Announcement, RedisDiscovery, StaticDiscovery, WorkerRecord
+from services.mesh.discovery import Announcement, RedisDiscovery, StaticDiscovery, WorkerRecord, parse_record
 from services.mesh.redis_server import RedisServer
 from services.mesh.redis_store import RedisStore, Script, ScriptCall
 
@@ -190,20 +194,83 @@ def test_watch_when_redis_loses_its_data_then_the_living_stay_and_the_dead_go(se
     asyncio.run(test())
 
 
-def test_watch_when_an_announcement_cannot_be_read_then_it_is_left_out(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
-    spoil = ScriptCall(
-        script=Script("return redis.call('HSET', KEYS[1], 'w9', '00000000000000000001 99999999999999 {broken')"),
-        keys=["baton:{default}:members"],
-    )
+SPOIL = Script("return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])")
+LIVES = b"00000000000000000001 99999999999999 "
+UNREADABLE = {
+    "not JSON": b"{broken",
+    "no object": b"[1, 2]",
+    "not UTF-8": b'{"worker_id":"\xff","epoch":1,"role":"decode","address":"h:1"}',
+    "a field is missing": b'{"worker_id":"w9","epoch":1,"role":"decode"}',
+    "a field of another type": b'{"worker_id":"w9","epoch":"1","role":"decode","address":"h:1"}',
+    "no such role": b'{"worker_id":"w9","epoch":1,"role":"planner","address":"h:1"}',
+    "no name": b'{"worker_id":"","epoch":1,"role":"decode","address":"h:1"}',
+    "a name without end": b'{"worker_id":"' + b"w" * 100_000 + b'","epoch":1,"role":"decode","address":"h:1"}',
+    "an epoch below zero": b'{"worker_id":"w9","epoch":-1,"role":"decode","address":"h:1"}',
+    "an epoch of more than 64 bits": b'{"worker_id":"w9","epoch":18446744073709551616,"role":"decode","address":"h:1"}',
+    "no port": b'{"worker_id":"w9","epoch":1,"role":"decode","address":"h"}',
+    "a port beyond the last one": b'{"worker_id":"w9","epoch":1,"role":"decode","address":"h:65536"}',
+    "no host": b'{"worker_id":"w9","epoch":1,"role":"decode","address":":80"}',
+    "deep": b'{"x":' + b"[" * 100_000,
+}
 
+
+def test_watch_when_announcements_cannot_be_read_then_they_are_left_out(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         async with RedisStore(server.url) as store, announced(store, record(1)):
-            await store.run([spoil])
+            for name, text in UNREADABLE.items():
+                await store.run([ScriptCall(script=SPOIL, keys=["baton:{default}:members"], args=[name, LIVES + text])])
             async with Members(store).watched() as members:
                 await members.wait(record(1))
 
     asyncio.run(test())
-    assert "cannot be read" in caplog.text
+    assert caplog.text.count("cannot be read") >= len(UNREADABLE)
+
+
+@pytest.mark.parametrize("text", [b"", b"junk", b"12 13", b"x y z", b" 99999999999999 ", LIVES[:20]])
+def test_watch_when_a_field_is_no_announcement_at_all_then_the_workers_are_found_and_can_announce_themselves(
+    server: RedisServer, text: bytes
+) -> None:
+    """The bug that this keeps away: one such field made the script fail, and with it every look at the members."""
+
+    async def test() -> None:
+        async with RedisStore(server.url) as store:
+            spoil = [ScriptCall(script=SPOIL, keys=["baton:{default}:members"], args=[name, text]) for name in ("w1", "w9")]
+            await store.run(spoil)
+            async with announced(store, record(1)), Members(store).watched() as members:
+                await members.wait(record(1))
+                await store.run(spoil[1:])
+                async with announced(store, record(2)):
+                    await members.wait(record(1), record(2))
+
+    asyncio.run(test())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+FIELDS: dict[str, st.SearchStrategy[object]] = {
+    "worker_id": JSON | st.just("w1"),
+    "epoch": JSON | st.integers(0, 2**64),
+    "role": JSON | st.sampled_from(["prefill", "decode"]),
+    "address": JSON | st.sampled_from(["h:1", "[::1]:65535", "h:99999"]),
+}
+
+
+@given(
+    st.binary(max_size=200)
+    | st.fixed_dictionaries({}, optional=FIELDS).map(json.dumps).map(str.encode)
+    | JSON.map(json.dumps).map(str.encode)
+)
+def test_record_when_its_text_is_anything_is_one_that_a_worker_may_have_announced_or_a_value_error(text: bytes) -> None:
+    try:
+        found = parse_record(text)
+    except ValueError:
+        return
+    assert common_pb2.WorkerId(worker_id=found.worker_id, epoch=found.epoch).ByteSize() < 1200
+    assert StaticDiscovery.parse([f"{found.role}={found.address}"])
+    assert parse_record(msgspec.json.encode(found)) == found
 
 
 def test_announcement_when_redis_is_away_then_entering_and_leaving_do_not_fail(caplog: pytest.LogCaptureFixture) -> None:
@@ -238,6 +305,9 @@ def test_static_discovery_when_parsed_then_gives_its_members_and_never_ends() ->
 def test_static_discovery_when_entries_are_wrong_then_names_them_all() -> None:
     with pytest.raises(ConfigurationError) as caught:
         StaticDiscovery.parse(
-            ["prefill", "decode=host", "decode=:80", "decode=h:0", "decode=h:²", "decod=h:80", "decode=h:80", "decode=h:80"]
+            [
+                *["prefill", "decode=host", "decode=:80", "decode=h:0", "decode=h:²", "decod=h:80", "decode=h:80", "decode=h:80"],
+                "decode=h:" + "8" * 5000,
+            ]
         )
-    assert len(caught.value.problems) == 7
+    assert len(caught.value.problems) == 8

@@ -332,3 +332,110 @@ def test_connection_when_there_is_a_bug_then_it_is_logged_and_the_stream_tried_a
         run(test())
     assert bugs == ["w"]
     assert any(record.exc_info and record.exc_info[0] is ZeroDivisionError for record in caplog.records)
+
+
+def event(number: int, *, worker_id: str = "w", epoch: int = 1, **fields: Any) -> kv_index_pb2.BlockEvent:
+    return kv_index_pb2.BlockEvent(worker=common_pb2.WorkerId(worker_id=worker_id, epoch=epoch), sequence_number=number, **fields)
+
+
+PACKED = b"".join(HASHES)
+GOOD_WATCH = [
+    kv_index_pb2.WatchResponse(events=[event(1, snapshot=True, stored=PACKED[:32])], synchronized=True),
+    kv_index_pb2.WatchResponse(events=[event(2, stored=PACKED[32:48])]),
+]
+BROKEN_WATCHES = {
+    "no worker": [event(1, worker_id="", snapshot=True)],
+    "a name without end": [event(1, worker_id="w" * 100_000, snapshot=True)],
+    "a number of nothing": [event(0, snapshot=True)],
+    "half a hash": [event(1, snapshot=True, stored=PACKED[:17])],
+    "half a hash removed": [event(1, snapshot=True), event(2, removed=b"x")],
+    "a snapshot that removes": [event(1, snapshot=True, removed=PACKED[:16])],
+    "an event of a worker without a snapshot": [event(2, stored=PACKED[:16])],
+    "a gap": [event(1, snapshot=True), event(3)],
+    "a number that comes twice": [event(5, snapshot=True), event(5, stored=PACKED[:16])],
+    "an event of another start": [event(1, snapshot=True), event(2, epoch=2, stored=PACKED[:16])],
+    "more hashes than one event may have": [event(1, snapshot=True, stored=bytes(16 * (MAX_EVENT_HASHES + 1)))],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_WATCHES)
+def test_replica_when_an_index_tells_nonsense_turns_to_the_next_stream(name: str) -> None:
+    class Index(kv_index_pb2_grpc.KVIndexServiceServicer):
+        num_watches = 0
+
+        async def Watch(  # noqa: N802
+            self, request: kv_index_pb2.WatchRequest, context: Any
+        ) -> AsyncIterator[kv_index_pb2.WatchResponse]:
+            self.num_watches += 1
+            broken = [kv_index_pb2.WatchResponse(events=BROKEN_WATCHES[name], synchronized=True)]
+            for response in broken if self.num_watches == 1 else GOOD_WATCH:
+                yield response
+            await asyncio.Event().wait()
+
+    async def test() -> None:
+        index = Index()
+
+        def register(server: grpc.aio.Server) -> None:
+            kv_index_pb2_grpc.add_KVIndexServiceServicer_to_server(index, server)
+
+        async with (
+            asyncio.timeout(20),
+            MeshServer("127.0.0.1:0", register, services=[]) as server,
+            IndexReplica([server.address]) as replica,
+        ):
+            await wait_until(lambda: holds(replica, HASHES[:3]))
+            assert index.num_watches == 2 and replica.num_subscriptions == 1
+
+    run(test())
+
+
+REFUSED_EVENTS = {
+    "nothing": [kv_index_pb2.BlockEvent()],
+    "no worker": [event(1, worker_id="")],
+    "a name without end": [event(1, worker_id="v" * 100_000)],
+    "a number of nothing": [event(0, worker_id="v", snapshot=True)],
+    "half a hash": [event(1, worker_id="v", snapshot=True, stored=bytes(15))],
+    "a snapshot that removes": [event(1, worker_id="v", snapshot=True, removed=bytes(16))],
+    "more hashes than one event may have": [event(1, worker_id="v", snapshot=True, stored=bytes(16 * (MAX_EVENT_HASHES + 1)))],
+    "another worker on the same stream": [event(1, worker_id="v", snapshot=True), event(1, worker_id="u", snapshot=True)],
+    "another start on the same stream": [event(1, worker_id="v", snapshot=True), event(2, worker_id="v", epoch=2)],
+    "an earlier start of a worker": [event(1, epoch=0, snapshot=True)],
+}
+UNBELIEVED_EVENTS = {
+    "a heartbeat of nobody": [event(2**64 - 1, worker_id="v")],
+    "blocks before a snapshot": [event(5, worker_id="v", stored=bytes(16))],
+    "a jump": [event(1, worker_id="v", snapshot=True), event(2**64 - 1, worker_id="v", stored=bytes(16))],
+}
+
+
+@pytest.mark.parametrize("name", [*REFUSED_EVENTS, *UNBELIEVED_EVENTS])
+def test_publish_when_a_worker_tells_nonsense_is_refused_or_asked_again_and_the_others_go_on(name: str) -> None:
+    async def test() -> None:
+        async with (
+            asyncio.timeout(20),
+            serving_index() as served,
+            publisher(served.address) as worker,
+            open_channel(served.address) as channel,
+        ):
+            worker.publish_nowait(stored=HASHES[:10])
+            await worker.wait_acknowledged()
+            call: Any = kv_index_pb2_grpc.KVIndexServiceStub(channel).Publish()
+            with contextlib.suppress(asyncio.InvalidStateError):  # it was refused before all was said
+                for told in REFUSED_EVENTS.get(name) or UNBELIEVED_EVENTS[name]:
+                    await call.write(kv_index_pb2.PublishRequest(event=told))
+            if name in REFUSED_EVENTS:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    while await call.read() is not grpc.aio.EOF:
+                        pass
+                assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+            else:
+                while not (await call.read()).need_snapshot:
+                    pass
+            call.cancel()
+            worker.publish_nowait(stored=HASHES[10:11])
+            await worker.wait_acknowledged()
+            index = served.keeper.index
+            assert index.hashes("w") == set(HASHES[:11])
+            assert index.hashes("v") == index.hashes("u") == set()
+
+    run(test())

@@ -106,9 +106,11 @@ def test_strangers_and_connections_when_they_are_too_many_are_turned_away() -> N
     async def main() -> None:
         with KVMemory(2, BLOCK_BYTES) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, max_connections=2) as receiver:
-                strangers = [await RawSender.dial(receiver.endpoint, "tcp") for _ in range(2)]
-                with await RawSender.dial(receiver.endpoint, "tcp") as third:
-                    assert await third.hear() is None
+                crowd = [await RawSender.dial(receiver.endpoint, "tcp") for _ in range(5)]
+                strangers = crowd[3:]
+                for peer in crowd[:3]:
+                    assert await peer.hear() is None, "who came first goes first"
+                    peer.close()
                 for peer in strangers:
                     peer.sock.sendall(hello(receiver.endpoint).pack())
                     assert await peer.hear() == Frame(FrameKind.WELCOME)
@@ -277,5 +279,19 @@ def test_stranger_when_of_another_user_is_not_heard_over_the_unix_socket(monkeyp
                     assert await peer.hear() is None
                     assert peer.memory_fd is None
                 await assert_serves(receiver, 0)
+
+    run(main)
+
+
+def test_strangers_when_a_crowd_waits_without_a_word_do_not_keep_a_good_sender_out() -> None:
+    async def main() -> None:
+        with KVMemory(2, BLOCK_BYTES) as target:
+            async with KVReceiver(target, layout_fingerprint=LAYOUT, max_connections=8, handshake_timeout_s=3600) as receiver:
+                crowd = [await RawSender.dial(receiver.endpoint, "tcp") for _ in range(40)]
+                await wait_until(lambda: len(receiver._strangers) == 8)
+                await assert_serves(receiver, 0)
+                for peer in crowd:
+                    peer.close()
+                await wait_until(lambda: not receiver._strangers)
 
     run(main)

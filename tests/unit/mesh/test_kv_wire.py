@@ -42,15 +42,22 @@ def test_frame_when_packed_and_unpacked_is_the_same(
     assert len(frame.pack()) == FRAME_BYTES
 
 
-@given(data=st.binary(min_size=0, max_size=2 * HELLO_BYTES), magic=st.booleans())
-def test_frame_and_hello_when_the_bytes_are_garbage_are_violations_or_valid(data: bytes, magic: bool) -> None:
-    start = Frame(FrameKind.OPEN).pack()[:4] if magic else b""
+WHOLE = [Frame(FrameKind.OPEN).pack(), Hello(access_key=bytes(16), layout_digest=bytes(16), block_bytes=1, checksum=False).pack()]
+
+
+@given(data=st.binary(min_size=0, max_size=2 * HELLO_BYTES), whole=st.none() | st.sampled_from(WHOLE), flags=st.booleans())
+def test_frame_and_hello_when_the_bytes_are_anything_are_violations_or_what_packs_to_them_again(
+    data: bytes, whole: bytes | None, flags: bool
+) -> None:
+    if whole is not None:  # the right length and first word; with `flags` only the word after it is any
+        data = whole[:4] + (data + bytes(len(whole)))[: 4 if flags else len(whole) - 4]
+        data += whole[len(data) :]
     for kind in (Frame, Hello):
         try:
-            value = kind.unpack(start + data)
+            value = kind.unpack(data)
         except ProtocolViolation:
             continue
-        assert magic and len(value.pack()) == len(start + data)
+        assert value.pack() == data
 
 
 def test_hello_when_packed_and_unpacked_is_the_same() -> None:

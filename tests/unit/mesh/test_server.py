@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import hypothesis.strategies as st
 import pytest
 import uvloop
 from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from hypothesis import given
 
 from protos.baton.v1 import decode_pb2, decode_pb2_grpc
 from protos.baton.v1 import inference_pb2 as pb
@@ -199,6 +201,12 @@ def test_accept_request_id_when_there_is_none_that_can_be_used_makes_a_new_one(g
 def test_accept_request_id_when_a_value_could_not_be_returned_in_metadata_makes_a_new_one(value: str | bytes) -> None:
     assert accept_request_id([("x-request-id", value)]) != value
     assert accept_request_id(None) != accept_request_id(())
+
+
+@given(st.lists(st.tuples(st.sampled_from(["x-request-id", "x-other"]), st.text(st.characters(), max_size=200) | st.binary()), max_size=3))
+def test_accept_request_id_when_metadata_are_anything_is_short_and_printable(metadata: list[tuple[str, str | bytes]]) -> None:
+    name = accept_request_id(metadata)
+    assert 0 < len(name) <= 128 and name.isascii() and name.isprintable()
 
 
 def test_call_when_the_callers_name_is_too_long_returns_the_new_one() -> None:

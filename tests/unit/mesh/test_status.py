@@ -11,6 +11,7 @@ import grpc
 import hypothesis.strategies as st
 import pytest
 import uvloop
+from google.protobuf import duration_pb2
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -181,6 +182,71 @@ def test_to_proto_when_texts_are_of_any_length_and_kind_bounds_them(text: str, f
         assert parsed.message.endswith("…") and whole.startswith(parsed.message[:-1])
         assert status.MAX_MESSAGE_BYTES - 6 <= len(parsed.message.encode()) <= status.MAX_MESSAGE_BYTES
     assert all(len(value.encode()) <= status.MAX_METADATA_BYTES for value in parsed.metadata.values())
+
+
+NUMBERS = st.floats() | st.sampled_from([0.0, -1.0, 1e308, math.inf, math.nan])
+WORDS = st.text(max_size=20) | st.text(max_size=20).map(lambda text: text * 300)
+ERRORS = st.builds(
+    common_pb2.Error,
+    code=st.integers(0, 2**32 - 1) | st.integers(0, 17),
+    message=WORDS,
+    reason=st.sampled_from([kind.reason for kind in _below(BatonError)]) | WORDS,
+    retry_after_s=NUMBERS,
+    metadata=st.dictionaries(st.sampled_from(["field", "limit"]) | WORDS, WORDS, max_size=3),
+)
+
+
+def assert_can_be_told(error: BatonError) -> None:
+    message = status.to_proto(error, "r1")
+    assert len(message.message.encode()) <= status.MAX_MESSAGE_BYTES
+    assert all(len(value.encode()) <= status.MAX_METADATA_BYTES for value in message.metadata.values())
+    assert 0 <= message.retry_after_s <= status.MAX_RETRY_AFTER_S
+    assert len(status.to_status(error, "r1").trailing_metadata[0][1]) < 4096
+
+
+@given(ERRORS)
+def test_from_proto_when_a_peer_sends_any_error_gives_one_of_the_tree_that_can_be_told_on(message: common_pb2.Error) -> None:
+    error = status.from_proto(message)
+    assert isinstance(error, BatonError)
+    assert_can_be_told(error)
+
+
+INFOS = st.builds(
+    error_details_pb2.ErrorInfo,
+    reason=st.sampled_from([kind.reason for kind in _below(BatonError)]) | WORDS,
+    domain=st.sampled_from([status.DOMAIN, "other"]),
+    metadata=st.dictionaries(st.sampled_from(["field", "limit"]) | WORDS, WORDS, max_size=3),
+)
+RETRIES = st.builds(
+    lambda seconds, nanos: error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=seconds, nanos=nanos)),
+    st.integers(-(2**63), 2**63 - 1) | st.integers(0, 5),
+    st.integers(-(2**31), 2**31 - 1),
+)
+NAMES = ("google.rpc.ErrorInfo", "google.rpc.RetryInfo", "baton.v1.Error")
+JUNK = st.builds(AnyMessage, type_url=st.sampled_from(NAMES).map("type.googleapis.com/{}".format), value=st.binary(max_size=30))
+
+
+def packed(detail: Any) -> AnyMessage:
+    if isinstance(detail, AnyMessage):
+        return detail
+    message = AnyMessage()
+    message.Pack(detail)
+    return message
+
+
+DETAILS = st.lists((INFOS | RETRIES | JUNK).map(packed), max_size=4).map(
+    lambda details: status_pb2.Status(details=details).SerializeToString()
+)
+
+
+@given(st.sampled_from(grpc.StatusCode), st.none() | WORDS, DETAILS | st.binary(max_size=60))
+def test_from_rpc_error_when_a_status_is_anything_gives_an_error_of_the_tree_that_can_be_told_on(
+    code: grpc.StatusCode, text: str | None, details: bytes
+) -> None:
+    trailing = grpc.aio.Metadata(("grpc-status-details-bin", details))
+    error = status.from_rpc_error(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details=text), "peer")
+    assert isinstance(error, BatonError)
+    assert_can_be_told(error)
 
 
 # --- over a real wire ---

@@ -32,6 +32,9 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer):
         self.heartbeats = 0
         self.frames: asyncio.Queue[decode_pb2.StepFrame | None] = asyncio.Queue()
 
+    def first_frames(self) -> list[decode_pb2.StepFrame]:
+        return [decode_pb2.StepFrame(hello=self.welcome, load=LOAD)]
+
     async def Session(  # noqa: N802
         self, commands: AsyncIterator[decode_pb2.SessionCommand], context: Any
     ) -> AsyncGenerator[decode_pb2.StepFrame, None]:
@@ -46,7 +49,8 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer):
                 else:
                     heard.append(command)
 
-        yield decode_pb2.StepFrame(hello=self.welcome, load=LOAD)
+        for first in self.first_frames():
+            yield first
         async with asyncio.TaskGroup() as tasks:
             hearing = tasks.create_task(hear())
             while (frame := await self.frames.get()) is not None:

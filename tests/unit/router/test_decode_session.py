@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from protos.baton.v1 import decode_pb2
+from protos.baton.v1 import common_pb2, decode_pb2
 from services.core.errors import BatonError, EngineStopped, PeerUnavailable, SlowReader
 from services.core.types import FinishReason
 from services.mesh import convert, status, streams
-from services.router.decode_session import MAX_UNREAD_ARRIVALS, Arrival, DecodeSession, RequestStream
+from services.mesh.streams import HEARTBEAT_S
+from services.router.decode_session import LAST_HANDLE, MAX_UNREAD_ARRIVALS, Arrival, DecodeSession, RequestStream
 from tests.unit.router.scripted_worker import Worker, tokens
 from tests.waiting import wait_until
 
@@ -218,5 +219,117 @@ def test_session_when_nothing_is_asked_for_sends_heartbeats(monkeypatch: pytest.
         worker = Worker()
         async with session_with(worker):
             await wait_until(lambda: worker.heartbeats >= 3)
+
+    run(main)
+
+
+NAN = float("nan")
+MOST = 2**32 - 1
+
+
+def logprobs_of(num_top: int, num_values: int) -> decode_pb2.StepFrame:
+    frame = tokens(0, 1, 5)
+    top = common_pb2.TokenLogprobs(chosen=NAN, top_token_ids=[MOST] * num_top, top_logprobs=[NAN] * num_values)
+    frame.logprobs.add(entry=0, logprobs=top)
+    return frame
+
+
+# What a worker may say that ends its session: nothing in it can be believed any more.
+SENSELESS = {
+    "columns of different lengths": decode_pb2.StepFrame(handles=bytes(8), positions=bytes(4), token_ids=bytes(8)),
+    "a column cut off": decode_pb2.StepFrame(handles=bytes(7), positions=bytes(7), token_ids=bytes(7)),
+    "a second hello": decode_pb2.StepFrame(hello=decode_pb2.SessionWelcome(worker=common_pb2.WorkerId(worker_id="d1"))),
+    "more values than tokens in logprobs": logprobs_of(1, 2),
+    "logprobs without end": logprobs_of(100_000, 100_000),
+}
+# … and what costs nobody anything.
+POINTLESS = {
+    "nothing": decode_pb2.StepFrame(),
+    "tokens without handles": decode_pb2.StepFrame(positions=bytes(4), token_ids=bytes(3)),
+    "handles that nobody has": tokens(MOST, 0, 1, 2, 3),
+    "an end that nobody waits for": decode_pb2.StepFrame(
+        endings=[decode_pb2.Ending(handle=MOST, finish_reason=common_pb2.FINISH_REASON_STOP)] * 3
+    ),
+    "an error that nobody waits for": decode_pb2.StepFrame(endings=[decode_pb2.Ending(handle=7, error=common_pb2.Error(code=MOST))]),
+    "logprobs of entries that are not there": decode_pb2.StepFrame(logprobs=[decode_pb2.EntryLogprobs(entry=MOST)]),
+    "facts that cannot be": decode_pb2.StepFrame(
+        prefilled=[decode_pb2.Prefilled(handle=handle, prefill_s=NAN, transfer_s=-1e308, kv_bytes=2**64 - 1) for handle in (1, MOST)]
+    ),
+    "a load that cannot be": decode_pb2.StepFrame(
+        load=common_pb2.WorkerLoad(num_running=MOST, uncomputed_prompt_tokens=2**64 - 1, blocks_free=MOST, step_s=NAN, max_num_seqs=0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*SENSELESS, *POINTLESS])
+def test_frame_when_it_makes_no_sense_ends_its_session_or_nothing(name: str) -> None:
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker) as session:
+            handle, stream = request(session, "a")
+            request(session, "b")
+            worker.frames.put_nowait(SENSELESS.get(name) or POINTLESS[name])
+            if name in SENSELESS:
+                error = await error_of(stream)
+                assert isinstance(error, PeerUnavailable) and "d0" in error.message
+                await wait_until(lambda: len(worker.commands) == 2 and session.is_up)
+                handle, stream = request(session, "a")
+            worker.frames.put_nowait(tokens(handle, 1, 5))
+            assert [arrival.token_ids for arrival in await stream.next_arrivals()] == [(5,)]
+
+    run(main)
+
+
+def test_session_when_a_worker_speaks_before_its_hello_is_not_begun() -> None:
+    class Rude(Worker):
+        def first_frames(self) -> list[decode_pb2.StepFrame]:
+            return [tokens(0, 1, 5), *super().first_frames()]
+
+    async def main() -> None:
+        worker = Rude()
+        async with worker.serving() as address:
+            welcomed: list[decode_pb2.SessionWelcome] = []
+            session = DecodeSession(address, router_id="r", on_welcome=welcomed.append, on_load=lambda _: None, on_lost=lambda: None)
+            running = asyncio.ensure_future(session.run())
+            await wait_until(lambda: len(worker.commands) == 2)
+            assert not welcomed and not session.is_up and not running.done()
+            running.cancel()
+            await asyncio.wait([running])
+
+    run(main)
+
+
+@pytest.mark.parametrize("in_run", [False, True])
+def test_choice_when_its_end_has_no_reason_ends_all_the_same(in_run: bool) -> None:
+    """With tokens beside it such an end was lost, and its request waited for ever."""
+
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker) as session:
+            handle, stream = request(session, "a")
+            frame = tokens(handle, 1, 5) if in_run else decode_pb2.StepFrame()
+            frame.endings.add(handle=handle)
+            worker.frames.put_nowait(frame)
+            assert [arrival.finish_reason for arrival in await stream.next_arrivals()] == [FinishReason.ABORT]
+
+    run(main)
+
+
+def test_session_when_its_handles_are_used_up_is_made_again_once_its_requests_have_ended() -> None:
+    async def main() -> None:
+        worker = Worker()
+        async with session_with(worker) as session:
+            session._next_handle = LAST_HANDLE
+            handle, stream = request(session, "last", n=128)
+            assert handle + 127 <= MOST
+            with pytest.raises(PeerUnavailable, match="d0 has used up its handles"):
+                request(session, "one more")
+            await asyncio.sleep(2 * HEARTBEAT_S)
+            assert len(worker.commands) == 1, "a session with requests goes on"
+            session.cancel(stream)
+            await wait_until(lambda: len(worker.commands) == 2 and session.is_up)
+            handle, stream = request(session, "next")
+            worker.frames.put_nowait(tokens(handle, 1, 5))
+            assert (handle, len(await stream.next_arrivals())) == (0, 1)
 
     run(main)

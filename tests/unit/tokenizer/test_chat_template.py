@@ -1,5 +1,6 @@
 """Chat templates render as in transformers, and whatever goes wrong in one becomes InvalidRequest."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.core.errors import InvalidRequest
 from services.tokenizer.chat_template import ChatTemplate, NamedTemplate
@@ -230,3 +233,33 @@ def test_render_when_template_or_messages_are_wrong_then_invalid_request(source:
 def test_render_when_a_variable_would_replace_the_messages_then_invalid_request() -> None:
     with pytest.raises(InvalidRequest, match="variables: messages, tools"):
         _render("x", variables={"tools": [], "messages": [], "x": 1})
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+MESSAGES = st.lists(
+    st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "name", "thinking", "reasoning"]) | st.text(max_size=8), VALUES)
+    | st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": VALUES}),
+    max_size=4,
+)
+
+
+@given(messages=MESSAGES, tools=st.none() | st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size=2), max_size=2))
+def test_render_when_messages_are_anything_gives_text_or_refuses_them(messages: list[dict[str, object]], tools: Any) -> None:
+    with contextlib.suppress(InvalidRequest):
+        template = ChatTemplate({"default": CHATML})
+        assert isinstance(template.render(messages, add_generation_prompt=True, tools=tools, variables={}), str)
+
+
+def test_render_when_messages_are_nested_beyond_all_bounds_refuses_them() -> None:
+    deep: Any = "x"
+    for _ in range(100_000):
+        deep = [deep]
+    template = ChatTemplate({"default": "{{ messages | tojson }}"})
+    with pytest.raises(InvalidRequest):
+        template.render([{"role": "user", "content": deep}], add_generation_prompt=True, variables={})
+    while isinstance(deep, list):  # taken apart by hand, or its end would be a recursion as well
+        deep = deep.pop()

@@ -237,3 +237,14 @@ def test_push_when_the_stream_is_long_and_byte_level_then_each_token_is_looked_u
     pieces = [detokenizer.push([token_id]) for token_id in stream]
     assert "".join(pieces) + detokenizer.finish() == tokenizer.decode(stream, skip_special_tokens=False)
     assert looked_up == list(dict.fromkeys(stream))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(pushes=st.lists(st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 400), max_size=6), max_size=6))
+def test_pieces_when_ids_are_any_that_a_message_can_carry_then_they_add_up_all_the_same(
+    tokenizers_by_kind: dict[str, Tokenizer], kind: str, pushes: list[list[int]]
+) -> None:
+    tokenizer = tokenizers_by_kind[kind]
+    detokenizer = tokenizer.detokenizer()
+    shown = "".join(map(detokenizer.push, pushes)) + detokenizer.finish()
+    assert shown == tokenizer.decode([token_id for push in pushes for token_id in push])
