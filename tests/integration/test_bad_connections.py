@@ -127,7 +127,18 @@ async def bench() -> AsyncIterator[Bench]:
 
 
 def unix_sockets() -> set[str]:
-    return set(re.findall(r"@(baton-kv-[0-9a-f]{32})$", Path("/proc/net/unix").read_text(), re.MULTILINE))
+    """Of this process: others on the machine may serve a mesh, too."""
+    own = set(re.findall(r"socket:\[(\d+)\]", " ".join(descriptor_targets())))
+    rows = re.findall(r"(\d+) @(baton-kv-[0-9a-f]{32})$", Path("/proc/net/unix").read_text(), re.MULTILINE)
+    return {name for inode, name in rows if inode in own}
+
+
+def descriptor_targets() -> list[str]:
+    targets = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            targets.append(os.readlink(path))
+    return targets
 
 
 def num_descriptors() -> int:

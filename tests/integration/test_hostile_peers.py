@@ -42,6 +42,8 @@ def sampling(**fields: Any) -> common_pb2.SamplingParams:
 
 HELLO = decode_pb2.SessionCommand(hello=decode_pb2.SessionHello(router_id="mine"))
 
+HEARTBEAT = decode_pb2.SessionCommand(heartbeat=decode_pb2.Heartbeat())
+
 
 class Session:
     """A router that says what the test wants to one decode worker."""
@@ -67,6 +69,7 @@ class Session:
             frame = await self._call.read()
             if frame is grpc.aio.EOF:
                 raise AssertionError("the session ended")
+            await self.say(HEARTBEAT)
             for handle, token_id in zip(convert.unpack_u32(frame.handles), convert.unpack_u32(frame.token_ids), strict=True):
                 tokens.setdefault(handle, []).append(token_id)
             num_choices -= len(frame.endings)
