@@ -14,6 +14,7 @@ app = typer.Typer(no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")]
 Check = Annotated[bool, typer.Option("--check", help="Exit 1 when a figure falls short of its target.")]
 Runs = Annotated[int, typer.Option(min=1, help="Measurements per figure; the median counts.")]
+Vllm = Annotated[Path | None, typer.Option(help="A Python interpreter that has vLLM: measures beside it as well.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch, on both sides.")]
 
 
@@ -28,7 +29,7 @@ def engine(
     check: Check = False,
     runs: Runs = 5,
     threads: Threads = 1,
-    vllm: Annotated[Path | None, typer.Option(help="A Python interpreter that has vLLM: measures beside it as well.")] = None,
+    vllm: Vllm = None,
 ) -> None:
     """The engine in process, beside transformers' generate on the same checkpoint."""
     from loadtest.micro import engine as benchmark  # torch takes seconds, which the other benchmarks should not
@@ -64,6 +65,20 @@ def frames(as_json: Json = False, check: Check = False, runs: Runs = 5) -> None:
 def mesh_overhead(as_json: Json = False, check: Check = False, runs: Runs = 5) -> None:
     """How much of the time to a first token is not the model, on an idle mesh."""
     _measure("mesh_overhead", runs, as_json=as_json, check=check)
+
+
+@app.command()
+def http(as_json: Json = False, check: Check = False, runs: Runs = 5, vllm: Vllm = None) -> None:
+    """Tokens/s, TTFT and ITL through the OpenAI face, beside the engine in process."""
+    from loadtest.micro import http as benchmark  # torch again
+
+    _report(*benchmark.measure(runs=runs, vllm_python=vllm), as_json=as_json, check=check)
+
+
+@app.command()
+def overload(as_json: Json = False, check: Check = False, runs: Runs = 3) -> None:
+    """Goodput at 0.5, 1, 2 and 4 times capacity, with clients that come whether or not the mesh keeps up."""
+    _measure("overload", runs, as_json=as_json, check=check)
 
 
 def _measure(name: str, runs: int, *, as_json: bool, check: bool) -> None:
