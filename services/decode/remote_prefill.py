@@ -16,7 +16,7 @@ import grpc
 from protos.baton.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
 from services.core.errors import PeerUnavailable
 from services.core.types import SampledToken
-from services.mesh import convert, status
+from services.mesh import convert, failpoints, status
 from services.mesh.client import open_channel
 from services.mesh.kv_transport import IncomingTransfer, KVReceiver
 from services.mesh.streams import SILENCE_S, with_heartbeats
@@ -107,6 +107,7 @@ class PrefillClient:
         call = self._stub(candidate.address).Prefill(request, metadata=metadata)
         landing = asyncio.ensure_future(transfer.wait_landed())
         try:
+            await failpoints.reach("decode.prefill_called", start.request_id)
             async for event in with_heartbeats(aiter(call), SILENCE_S):
                 if event is None:
                     raise PeerUnavailable(f"{candidate.worker_id} has said nothing for {SILENCE_S} s")
@@ -128,6 +129,7 @@ class PrefillClient:
                     await landing
             except TimeoutError:
                 raise PeerUnavailable(f"{candidate.worker_id}: KV blocks did not land within {SILENCE_S} s of being sent") from None
+            await failpoints.reach("decode.landed", start.request_id)
         except grpc.aio.AioRpcError as error:
             raise status.from_rpc_error(error, candidate.address) from error
         finally:

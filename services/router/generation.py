@@ -24,7 +24,7 @@ from services.core.errors import (
 from services.core.noise import draw_seed
 from services.core.prefix_hash import chain_hashes, prefix_key
 from services.core.types import FinishReason, SamplingParams, TokenLogprobs, check_token_id
-from services.mesh import convert
+from services.mesh import convert, failpoints
 from services.mesh.index_client import IndexReplica
 from services.router.admission import Admission
 from services.router.choice import ChoiceText, check_stops
@@ -130,11 +130,15 @@ class Generator:
                     raise
                 run.attempts += 1
                 try:
+                    await failpoints.reach("router.before_start", request.request_id)
                     with self._started(run, fleet, route) as (stream, item):
+                        await failpoints.reach("router.started", request.request_id)
                         while not run.is_finished:
                             arrivals = await stream.next_arrivals()
+                            await failpoints.reach("router.mid_decode", request.request_id)
                             if run.first_token_at is None:
                                 self._first_token(run, fleet, item, route, stream)
+                                await failpoints.reach("router.first_token", request.request_id)
                             for arrival in arrivals:
                                 if (delta := run.take(arrival)) is not None:
                                     self.statistics.output_tokens += len(delta.token_ids)
@@ -145,6 +149,7 @@ class Generator:
                     failed_on.append(route.decode_worker_id)
                     if run.completion_tokens or run.attempts >= MAX_ATTEMPTS:
                         raise
+            await failpoints.reach("router.at_end", request.request_id)
             summary = run.summary()
             self._note_pace(run, summary)
             yield summary
