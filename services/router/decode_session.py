@@ -168,6 +168,7 @@ class DecodeSession:
                 if was_up or error.message != said:  # not once more for each try
                     _log.warning("no session with %s: %s", self._address, error.message)
                     said = error.message
+                del error  # its traceback holds this frame, and so the call and its connection after the worker has left
                 await asyncio.sleep(RECONNECT_S)
 
     def start(self, start: decode_pb2.Start, stream: RequestStream, num_choices: int) -> int:
@@ -218,9 +219,10 @@ class DecodeSession:
                     task.cancel()
                 results = await asyncio.gather(*tasks, return_exceptions=True)
             # A broken stream fails reader and writer alike; the reader knows why.
-            for result in results:
-                if isinstance(result, Exception):
-                    raise result
+            failures = [result for result in results if isinstance(result, Exception)]
+            del tasks, task, results  # what is raised would hold this frame, the frame them, and they what is raised: see members._part
+            if failures:
+                raise failures.pop(0)
         finally:
             call.cancel()
 
@@ -232,7 +234,10 @@ class DecodeSession:
     async def _watch_silence(self) -> None:
         # Beside the reader, not around each of its frames: a hundred of them come in a second, from every worker.
         while True:
+            asleep_at = time.monotonic()
             await asyncio.sleep(HEARTBEAT_S)
+            if time.monotonic() - asleep_at > 2 * HEARTBEAT_S:
+                self._heard_at = time.monotonic()  # who stood still is this process: what came meanwhile is still to be read
             if time.monotonic() - self._heard_at > SILENCE_S:
                 raise PeerUnavailable(f"{self._address} has said nothing for {SILENCE_S} s")
 

@@ -236,6 +236,10 @@ async def _part(member: Member) -> None:
     if member.session is not None:
         await member.session.wait_idle()
     member.task.cancel()
+    await asyncio.wait((member.task,))
+    # The cancelled task keeps the frames that it went through, these the member and their call, and a call its connection: a circle
+    # that only the garbage collector would open, and the connection would be made again and again until it comes by.
+    del member.task
 
 
 def _state(member: Member, now: float) -> str:

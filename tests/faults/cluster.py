@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,9 +217,24 @@ class Cluster:
         return Usage(
             pid=pid,
             descriptors=len(list((process / "fd").iterdir())),
-            threads=len(list((process / "task").iterdir())),
+            # Python's own: the pools of gRPC and libuv grow to their bounds when it pleases them.
+            threads=[(task / "comm").read_text().strip() for task in (process / "task").iterdir()].count("python"),
             rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
         )
+
+    def connections(self, name: str) -> dict[str, int]:
+        """How many TCP connections a process has with whom, for people who look for one too many."""
+        links = [link for link in Path(f"/proc/{self.services[name].pid}/fd").iterdir() if link.is_symlink()]
+        own = {str(link.readlink())[len("socket:[") : -1] for link in links}
+        ports = {int(address.rpartition(":")[2]): other for other, address in self._addresses.items()}
+        found: Counter[str] = Counter()
+        lines = [line for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+        for line in lines:
+            _, local, remote, _, _, _, _, _, _, inode, *_ = line.split()
+            if inode in own:
+                here, there = (int(address.partition(":")[2], 16) for address in (local, remote))
+                found["to " + ports[there] if there in ports else "from others" if ports.get(here) == name else "KV"] += 1
+        return dict(found)
 
     async def _is_whole(self) -> bool:
         try:

@@ -49,30 +49,30 @@ class Outcome:
 
 
 class Matrix:
-    """Runs cells on one cluster. `prepare()` first: it learns the right answers."""
+    """Runs cells on one cluster. `prepare()` first: it learns `right`, the answers to `background` and the probe, by the request's id()."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._probe = PROBE
-        self._background: list[Request] = []
-        self._right: dict[int, Answer] = {}
+        self.background: list[Request] = []
+        self.right: dict[int, Answer] = {}
         self._most: dict[str, Usage] = {}  # what a process of a role holds when all its connections are there
 
     async def prepare(self) -> None:
         """Undisturbed answers, twice: what differs between two such runs could not be held against a fault."""
         first = await self._ask_all([*BACKGROUND, PROBE])
         stopped = with_stop_string(BACKGROUND[0], first[0])
-        self._background = [*BACKGROUND, stopped]
-        requests = [*self._background, PROBE]
+        self.background = [*BACKGROUND, stopped]
+        requests = [*self.background, PROBE]
         runs = [await self._ask_all(requests) for _ in range(3)]
         assert all(answer.code is None for run in runs for answer in run), [answer.details for run in runs for answer in run]
         for run in runs[1:]:
             assert [difference(answer, right) for answer, right in zip(run, runs[0], strict=True)] == [None] * len(requests)
         assert len(runs[0][-2].tokens[0]) < len(runs[0][0].tokens[0]), "the stop string ends it"
-        self._right = {id(request): answer for request, answer in zip(requests, runs[0], strict=True)}
+        self.right = {id(request): answer for request, answer in zip(requests, runs[0], strict=True)}
         met: set[tuple[str, str]] = set()
         while len(met) < len(PREFILLS) * len(DECODES):
-            answers = await self._ask_all(self._background)
+            answers = await self._ask_all(self.background)
             met |= {(answer.timing.prefill_worker_id, answer.timing.decode_worker_id) for answer in answers}
         for name in self._cluster.services:
             usage, role = self._cluster.usage(name), name.partition("-")[0]
@@ -87,7 +87,7 @@ class Matrix:
     async def run(self, cell: Cell) -> Outcome:
         """Strikes, looks, and leaves the cluster whole."""
         outcome = Outcome()
-        strike = _Strike(self._cluster, cell, self._probe, self._background, outcome)
+        strike = _Strike(self._cluster, cell, self._probe, self.background, outcome)
         try:
             answers = await strike.run()
             self._judge(cell, answers, outcome)
@@ -96,7 +96,9 @@ class Matrix:
         finally:
             await strike.cancel()
             await self._cluster.mend()
-        await self._check_usage(outcome)
+        for words in await self.wait_usage():
+            outcome.leaked += 1
+            outcome.notes.append(f"leaked: {words}")
         return outcome
 
     async def _ask_all(self, requests: Sequence[Request]) -> list[Answer]:
@@ -105,7 +107,7 @@ class Matrix:
 
     def _judge(self, cell: Cell, answers: Sequence[tuple[str, Request, Answer]], outcome: Outcome) -> None:
         for router, request, answer in answers:
-            if (words := difference(answer, self._right[id(request)])) is not None:
+            if (words := difference(answer, self.right[id(request)])) is not None:
                 outcome.wrong += 1
                 outcome.notes.append(f"wrong: {words}")
             if answer.code is None:
@@ -127,7 +129,7 @@ class Matrix:
         deadline = strike.over_at + max(limit_s, SETTLED_S)
         held = "never asked"
         while time.monotonic() < deadline:
-            held = await self._held(router)
+            held = await self.held(router)
             if not held:
                 outcome.freed_s = time.monotonic() - strike.over_at
                 break
@@ -138,7 +140,7 @@ class Matrix:
         elif outcome.freed_s is not None and outcome.freed_s > limit_s:
             outcome.notes.append(f"freed after {outcome.freed_s:.1f} s, not {limit_s} s")
 
-    async def _held(self, router: str) -> str:
+    async def held(self, router: str) -> str:
         """What is still held for requests anywhere, in words; empty: nothing."""
         status = await self._cluster.status(router)
         words = [f"{status.in_flight} requests in {router}"] if status.in_flight else []
@@ -163,34 +165,32 @@ class Matrix:
     async def _is_used(self, victim: str | None, outcome: Outcome) -> bool:
         """Whether requests that are sent now succeed, and some of them by way of the victim. Whole: nobody may fail them any more."""
         router = victim if victim in ROUTERS else ROUTERS[0]
-        requests = self._background[:3]
+        requests = self.background[:3]
         answers = await asyncio.gather(*(ask(self._cluster.stub(router), request, timeout_s=ANSWER_TIMEOUT_S) for request in requests))
         for request, answer in zip(requests, answers, strict=True):
             if answer.code is not None and victim not in ROUTERS:
                 outcome.lost += 1
                 outcome.notes.append(f"lost after recovery: {answer.code.name}: {answer.details}")
-            if (words := difference(answer, self._right[id(request)])) is not None:
+            if (words := difference(answer, self.right[id(request)])) is not None:
                 outcome.wrong += 1
                 outcome.notes.append(f"wrong after recovery: {words}")
         met = {worker for answer in answers for worker in (answer.timing.prefill_worker_id, answer.timing.decode_worker_id)}
         return all(answer.code is None for answer in answers) and (victim not in PREFILLS + DECODES or victim in met)
 
-    async def _check_usage(self, outcome: Outcome) -> None:
-        def more() -> list[str]:
-            words = []
-            for name in self._cluster.services:
-                usage, most = self._cluster.usage(name), self._most[name.partition("-")[0]]
-                if name != "redis" and (usage.descriptors > most.descriptors or usage.threads > most.threads):
-                    words.append(
-                        f"{name}: {usage.descriptors} descriptors of {most.descriptors}, {usage.threads} threads of {most.threads}"
-                    )
-            return words
-
+    async def wait_usage(self) -> list[str]:
+        """Which processes hold more descriptors or threads than they did when all their connections were there, and go on doing so."""
         with contextlib.suppress(AssertionError):
-            await wait_until(lambda: not more(), SETTLED_S)
-        for words in more():
-            outcome.leaked += 1
-            outcome.notes.append(f"leaked: {words}")
+            await wait_until(lambda: not self._more_usage(), SETTLED_S)
+        return self._more_usage()
+
+    def _more_usage(self) -> list[str]:
+        words = []
+        for name in self._cluster.services:
+            usage, most = self._cluster.usage(name), self._most[name.partition("-")[0]]
+            if name != "redis" and (usage.descriptors > most.descriptors or usage.threads > most.threads):
+                words.append(f"{name}: {usage.descriptors} descriptors of {most.descriptors}, {usage.threads} threads of {most.threads}")
+                words.append(f"{name} is connected {self._cluster.connections(name)}")
+        return words
 
 
 class _Strike:
@@ -351,7 +351,7 @@ class _Strike:
             status = await self._cluster.status("router-0")
             if victim == "kv_index":
                 return not status.index_synchronized
-            return any(worker.worker.worker_id == victim and worker.state != "up" for worker in status.workers)
+            return not any(worker.worker.worker_id == victim and worker.state == "up" for worker in status.workers)
 
         try:
             self._outcome.noticed_s = await wait_until(is_noticed, NOTICE_S)

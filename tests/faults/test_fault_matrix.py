@@ -1,6 +1,6 @@
 """Each service × each fault × each step of a request, on one mesh of real processes: nothing wrong, nothing lost, nothing leaked.
 
-BATON_TEST_FAULTS=all (`make faults`) runs every cell, else those of chosen_cells(). The table is printed and kept beside the logs.
+FAULTS=all (`make faults`) runs every cell, else those of chosen_cells(). The table is printed and kept beside the logs.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs 127.0.0.2, /proc and memfd"),
     pytest.mark.xdist_group("faults"),  # one mesh for all cells, also with several processes of pytest
 ]
-CELLS = all_cells() if os.environ.get("BATON_TEST_FAULTS") == "all" else chosen_cells()
+CELLS = all_cells() if os.environ.get("FAULTS") == "all" else chosen_cells()
 
 
 class Board:
