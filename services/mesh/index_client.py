@@ -152,14 +152,18 @@ class IndexPublisher:
         writing = asyncio.ensure_future(self._write_events(call))
         try:
             await asyncio.wait((reading, writing), return_when=asyncio.FIRST_EXCEPTION)
-            for task in (reading, writing):
-                if task.done():
-                    task.result()
+            if reading.done():
+                reading.result()
+            if writing.done():
+                writing.result()
         finally:
             reading.cancel()
             writing.cancel()
             call.cancel()
             await asyncio.wait((reading, writing))
+            # What is raised here holds this frame, and is held by its task: a circle, in which the call would keep its connection until
+            # the garbage collector comes by.
+            del reading, writing
 
     async def _read_answers(self, call: Any) -> None:
         assert self._connection is not None

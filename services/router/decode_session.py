@@ -168,7 +168,6 @@ class DecodeSession:
                 if was_up or error.message != said:  # not once more for each try
                     _log.warning("no session with %s: %s", self._address, error.message)
                     said = error.message
-                del error  # its traceback holds this frame, and so the call and its connection after the worker has left
                 await asyncio.sleep(RECONNECT_S)
 
     def start(self, start: decode_pb2.Start, stream: RequestStream, num_choices: int) -> int:
@@ -219,10 +218,9 @@ class DecodeSession:
                     task.cancel()
                 results = await asyncio.gather(*tasks, return_exceptions=True)
             # A broken stream fails reader and writer alike; the reader knows why.
-            failures = [result for result in results if isinstance(result, Exception)]
-            del tasks, task, results  # what is raised would hold this frame, the frame them, and they what is raised: see members._part
-            if failures:
-                raise failures.pop(0)
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result
         finally:
             call.cancel()
 
