@@ -12,7 +12,7 @@ import grpc
 
 from protos.baton.v1 import common_pb2
 from services.mesh.failpoints import Arming
-from tests.faults.cluster import DECODES, PREFILLS, ROUTERS, TRANSPORTS, WORKERS, Cluster, Usage
+from tests.faults.cluster import DECODES, PREFILLS, ROUTERS, TRANSPORTS, Cluster, Usage
 from tests.faults.matrix import MIGRATES, PLACES, Cell, Fault
 from tests.faults.workload import BACKGROUND, PROBE, Answer, Request, ask, difference, with_stop_string
 from tests.waiting import wait_until
@@ -187,20 +187,10 @@ class Matrix:
         words = []
         for name in self._cluster.services:
             usage, most = self._cluster.usage(name), self._most[name.partition("-")[0]]
-            if name != "redis" and (usage.descriptors - self._lingering(name) > most.descriptors or usage.threads > most.threads):
+            if name != "redis" and (usage.descriptors > most.descriptors or usage.threads > most.threads):
                 words.append(f"{name}: {usage.descriptors} descriptors of {most.descriptors}, {usage.threads} threads of {most.threads}")
                 words.append(f"{name} is connected {self._cluster.connections(name)}")
         return words
-
-    def _lingering(self, name: str) -> int:
-        """A known flaw: of a stream to an index that fell silent, a worker keeps the connection until Python's collector comes by.
-
-        One for each worker, and no more.
-        """
-        connections = self._cluster.connections(name)
-        if name == "kv_index":
-            return min(len(WORKERS), max(0, connections.get("from others", 0) - len(WORKERS) - len(ROUTERS)))
-        return min(1, max(0, connections.get("to kv_index", 0) - 1))
 
 
 class _Strike:
