@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint types contracts unit protos micro clean
+.PHONY: demo test lint types contracts unit faults chaos protos micro clean
 
 # A whole mesh on the model that ships with Baton, a few prompts that share a prefix, a timeline of each; then everything stops.
 demo: $(STAMP)
@@ -24,7 +24,16 @@ contracts: $(STAMP)
 	$(BIN)/lint-imports
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Every service × every fault × every step of a request, as a table; half an hour. `make test` runs some of the cells.
+faults: $(STAMP)
+	FAULTS=all $(BIN)/python -m pytest -s tests/faults/test_fault_matrix.py
+
+# Requests, cancels, deadlines, kills and freezes at random moments.
+MINUTES ?= 10
+chaos: $(STAMP)
+	CHAOS_SEED=$(SEED) CHAOS_MINUTES=$(MINUTES) $(BIN)/python -m pytest -s tests/faults/test_randomized.py
 
 # The stubs of protos/, made anew in place; a test compares them.
 protos: $(STAMP)

@@ -16,7 +16,7 @@ import grpc
 from protos.baton.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
 from services.core.errors import InvalidRequest, PeerUnavailable
 from services.core.types import SampledToken
-from services.mesh import convert, status
+from services.mesh import convert, failpoints, status
 from services.mesh.client import is_address, open_channel
 from services.mesh.kv_transport import IncomingTransfer, KVReceiver
 from services.mesh.server import REQUEST_ID_METADATA, accept_request_id
@@ -114,6 +114,7 @@ class PrefillClient:
         call = prefill_pb2_grpc.PrefillServiceStub(kept.channel).Prefill(request, metadata=metadata)
         landing = asyncio.ensure_future(transfer.wait_landed())
         try:
+            await failpoints.reach("decode.prefill_called", start.request_id)
             async for event in with_heartbeats(aiter(call), SILENCE_S):
                 if event is None:
                     raise PeerUnavailable(f"{candidate.worker_id} has said nothing for {SILENCE_S} s")
@@ -136,6 +137,7 @@ class PrefillClient:
             except TimeoutError:
                 raise PeerUnavailable(f"{candidate.worker_id}: KV blocks did not land within {SILENCE_S} s of being sent") from None
             first_tokens = tuple(_sampled_token(token) for token in done.first_tokens)
+            await failpoints.reach("decode.landed", start.request_id)
         except grpc.aio.AioRpcError as error:
             raise status.from_rpc_error(error, candidate.worker_id) from error
         except InvalidRequest as error:

@@ -20,7 +20,7 @@ from services.decode.frames import FrameBuilder
 from services.decode.remote_prefill import PrefillClient, PrefillFailed
 from services.engine.events import Event, PrefillProgress, Reserved
 from services.engine.sequence import EngineRequest
-from services.mesh import convert, status
+from services.mesh import convert, failpoints, status
 from services.mesh.kv_transport import IncomingTransfer
 from services.mesh.streams import HEARTBEAT_S, SILENCE_S, Listening
 from services.worker.runtime import Worker
@@ -132,6 +132,7 @@ class RouterSession:
             self._end_with_error(start, error, handle=start.handle)
 
     def _admit(self, start: decode_pb2.Start) -> None:
+        failpoints.hit("decode.started", start.request_id)
         sampling = convert.sampling_from_proto(start.sampling)
         if start.handle + sampling.n - 1 > convert.MAX_U32:
             raise InvalidRequest("handle", f"{start.handle} leaves no handles for {sampling.n} choices", limit=convert.MAX_U32)
@@ -215,6 +216,7 @@ class RouterSession:
         request = self._by_engine_id.get(event.request_id)
         if request is None or event.token_id is None:
             return  # dropped a moment ago
+        failpoints.hit("decode.mid_decode", request.start.request_id)
         if event.prefill is not None:
             facts = request.prefilled
             facts.decode_cached_tokens = event.cached_tokens
@@ -229,12 +231,14 @@ class RouterSession:
         if event.finish_reason is not None:
             request.open_choices.discard(event.choice)
             if not request.open_choices:
+                failpoints.hit("decode.at_end", request.start.request_id)
                 self._forget(request)
 
     def _hear_reserved(self, event: Reserved) -> None:
         request = self._by_engine_id.get(event.request_id)
         if request is None:
             return  # dropped a moment ago; its abort is on the way to the engine
+        failpoints.hit("decode.reserved", request.start.request_id)
         request.prefilled.decode_queue_s = event.queue_s
         request.prefilled.decode_cached_tokens = event.num_cached_tokens
         if request.num_tokens - event.num_cached_tokens <= request.start.local_prefill_tokens:

@@ -19,6 +19,7 @@ from services.kv_index.redis_copy import Outcome, RedisCopy
 from services.kv_index.session import PublishSession
 from services.kv_index.state import IndexState, Verdict
 from services.kv_index.watchers import Watcher, Watchers
+from services.mesh import failpoints
 from services.mesh.block_events import BlockChange, change_from_proto
 
 # A standby takes over at most OWNER_LEASE_S + POLL_S after the owner's last renewal.
@@ -76,6 +77,7 @@ class Keeper:
     def publish(self, session: PublishSession, event: kv_index_pb2.BlockEvent) -> None:
         """Takes one event of a stream. Raises InvalidRequest when it is malformed or of an earlier start of its worker."""
         self.require_serving()
+        failpoints.hit("kv_index.publish")
         change = change_from_proto(event)
         if session.identify(change):
             self._enter(session, change)

@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import numpy as np
 import xxhash
 
+from services.mesh import failpoints
 from services.mesh.kv_memory import KVMemory, PeerMemory
 from services.mesh.kv_wire import Frame, FrameKind, block_checksum, recv_whole, send_whole
 
@@ -75,7 +76,8 @@ class TcpSendingHalf:
         parts: list[bytes | memoryview] = []
         for block_index, source_id, _ in run:
             block = self._memory.block(source_id)
-            parts += (_block_frame(transfer_id, block_index, block, checksum=self._checksum).pack(), block)
+            frame = _block_frame(transfer_id, block_index, block, checksum=self._checksum)
+            parts += (frame.pack(), failpoints.on_wire("kv.tcp_block", block))
         send_whole(self.sock, parts)
         return ()
 
@@ -120,9 +122,11 @@ class ShmSendingHalf:
     def push(self, transfer_id: bytes, run: Sequence[Move]) -> Sequence[Frame]:
         frames = []
         for block_index, source_id, target_id in run:
-            frames.append(_block_frame(transfer_id, block_index, self._memory.block(source_id), checksum=self._checksum))
+            block = self._memory.block(source_id)
+            frames.append(_block_frame(transfer_id, block_index, block, checksum=self._checksum))
+            data = failpoints.on_wire("kv.shm_block", block)
             # NumPy's copy gives the GIL away like ctypes.memmove, is as fast, and knows where the pools end.
-            np.copyto(self._peer_memory.blocks[target_id], self._memory.blocks[source_id])
+            np.copyto(self._peer_memory.blocks[target_id][: len(data)], data)
         return frames
 
     def warm_up(self) -> Iterable[object]:

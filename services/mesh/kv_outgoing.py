@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.core.errors import BatonError, PeerUnavailable, TransferFenced
+from services.mesh import failpoints
 from services.mesh.kv_channel import Move, SendingHalf
 from services.mesh.kv_memory import KVMemory
 from services.mesh.kv_wire import (
@@ -289,6 +290,7 @@ class Connection:
         frames: Sequence[Frame] = [Frame(FrameKind.OPEN, transfer.transfer_id)]
         try:
             if run:
+                failpoints.hit("kv.inside_block")
                 moves = [Move(block.index, block.block_id, transfer.target_ids[block.index]) for block in run]
                 frames = self._channel.push(transfer.transfer_id, moves)
         finally:
@@ -365,8 +367,9 @@ class InlineTransfer:
                 raise TransferFenced("the KV transfer has ended")
             assert 0 <= index < len(self.target_ids)
             # On the event loop, like the serialization that follows: this transport is for networks that allow nothing better.
-            data = bytes(self._memory.block(block_id))
-            inline.append(InlineBlock(index=index, data=data, checksum=block_checksum(data) if self._checksum else 0))
+            block = self._memory.block(block_id)
+            data = bytes(failpoints.on_wire("kv.grpc_block", block))
+            inline.append(InlineBlock(index=index, data=data, checksum=block_checksum(block) if self._checksum else 0))
             self._blocks_sent["grpc"] += 1
             await asyncio.sleep(0)
         return inline

@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -25,7 +26,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.core.errors import ConfigurationError, InvalidRequest
-from services.mesh import logs, status
+from services.mesh import failpoints, logs, status
 from services.mesh.client import MAX_MESSAGE_BYTES, is_address
 from services.mesh.config import load_settings, printable
 
@@ -44,12 +45,14 @@ class ProcessSettings:
     listen            host:port of the gRPC server; port 0 takes a free one
     log_format        json, or text for people
     drain_timeout_s   how long accepted work may take after SIGTERM
+    failpoints        folder in which tests make this process fail, see failpoints.py; None: nothing can
     """
 
     listen: str = "127.0.0.1:0"
     log_format: str = "json"
     log_level: str = "INFO"
     drain_timeout_s: float = 30.0
+    failpoints: Path | None = None
 
     def validate(self) -> None:
         """Raises InvalidRequest naming the first setting that is out of its limits."""
@@ -78,6 +81,7 @@ def run_process(service: str, kind: type[_Settings], serve: Callable[[_Settings,
     """
     try:
         settings = load_settings(kind, os.environ)
+        failpoints.enable(settings.failpoints)
     except ConfigurationError as error:
         _refuse_settings(service, error)
     logs.configure_logging(service, as_json=settings.log_format == "json", level=settings.log_level)

@@ -15,7 +15,7 @@ from protos.baton.v1 import prefill_pb2, prefill_pb2_grpc
 from services.core.errors import Draining, Incompatible, InvalidRequest
 from services.engine.events import PrefillProgress
 from services.engine.sequence import EngineRequest
-from services.mesh import convert
+from services.mesh import convert, failpoints
 from services.mesh.kv_transport import KVSender, OutgoingTransfer
 from services.mesh.streams import HEARTBEAT_S, with_heartbeats
 from services.worker.runtime import Worker
@@ -59,21 +59,23 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             steps = await stack.enter_async_context(worker.engine.prefill(engine_request))
             transfer = await self._sender.open(request.grant.transfer_id, endpoint, block_ids)
             stack.push_async_callback(transfer.stop, STOP_S)
+            await failpoints.reach("prefill.accepted", request.request_id)
             yield prefill_pb2.PrefillEvent(
                 accepted=prefill_pb2.PrefillAccepted(worker_id=worker.worker_id, kv_transport=transfer.transport)
             )
-            push = await stack.enter_async_context(contextlib.aclosing(self._push(steps, transfer, request.grant.first_block)))
+            push = await stack.enter_async_context(contextlib.aclosing(self._push(steps, transfer, request)))
             events = await stack.enter_async_context(contextlib.aclosing(with_heartbeats(push)))
             async for event in events:
                 yield event or self._heartbeat()
 
     async def _push(
-        self, steps: AsyncIterator[PrefillProgress], transfer: OutgoingTransfer, first_block: int
+        self, steps: AsyncIterator[PrefillProgress], transfer: OutgoingTransfer, request: prefill_pb2.PrefillRequest
     ) -> AsyncGenerator[prefill_pb2.PrefillEvent, None]:
         """Sends blocks as they are completed; ends with `done`, when the last one is out."""
-        next_block = first_block
+        next_block = first_block = request.grant.first_block
         first_sent_at: float | None = None
         async for progress in steps:
+            await failpoints.reach("prefill.mid_prefill", request.request_id)
             computed_at = time.perf_counter()
             is_last = progress.first_tokens is not None
             end = len(progress.block_ids) if is_last else progress.num_computed_tokens // self._worker.block_size
@@ -84,6 +86,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             for block in await transfer.send(fresh):
                 yield prefill_pb2.PrefillEvent(block=prefill_pb2.KVBlock(index=block.index, data=block.data, checksum=block.checksum))
             self._worker.kv_bytes_sent += len(fresh) * self._worker.identity.block_bytes
+            await failpoints.reach("prefill.before_done" if is_last else "prefill.mid_transfer", request.request_id)
             if is_last:
                 await transfer.finish()
                 assert first_sent_at is not None

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Iterator
 
 from protos.baton.v1 import common_pb2, decode_pb2
 from services.core.errors import DeadlineExceeded, Draining, PeerUnavailable, ResourceExhausted, Unavailable
-from services.mesh import convert
+from services.mesh import convert, failpoints
 from services.mesh.index_client import IndexReplica
 from services.router.admission import Admission, Place
 from services.router.decode_session import DecodeSession, RequestStream
@@ -72,13 +72,17 @@ class Generator:
             while not run.is_finished:
                 fleet, route = await self._next_route(run)
                 try:
+                    await failpoints.reach("router.before_start", request.request_id)
                     with self._started(run, fleet, route, place) as (stream, item):
+                        await failpoints.reach("router.started", request.request_id)
                         is_told = False
                         while not run.is_finished:
                             arrivals = await stream.next_arrivals()
+                            await failpoints.reach("router.mid_decode", request.request_id)
                             if not is_told:
                                 is_told = True
                                 self._first_token(run, fleet, item, route, stream)
+                                await failpoints.reach("router.first_token", request.request_id)
                                 if stream.prompt_logprobs is not None and not run.prompt_logprobs_told:
                                     run.prompt_logprobs_told = True
                                     yield PromptLogprobs(stream.prompt_logprobs)
@@ -96,6 +100,7 @@ class Generator:
                         failure.message,
                         extra={"request_id": request.request_id},
                     )
+            await failpoints.reach("router.at_end", request.request_id)
             summary = run.summary()
             self._note_pace(run, summary)
             yield summary

@@ -5,6 +5,7 @@ When its last worker has gone, the next one decides anew. Knows nothing of reque
 """
 
 import asyncio
+import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from services.mesh.streams import SILENCE_S, with_heartbeats
 from services.router.cost_model import CostModel
 from services.router.decode_session import RECONNECT_S, DecodeSession
 from services.router.fleet import Fleet, Role
+
+CALLS_END_S = 1.0  # in which the library lets go of what was under way in a cancelled call
 
 _log = logging.getLogger(__name__)
 
@@ -263,7 +266,14 @@ async def _part(member: Member) -> None:
     """Leaves a worker that is not announced any more: it may drain, so what runs there is followed to its end."""
     if member.session is not None:
         await member.session.wait_idle()
-    member.task.cancel()
+    task = member.task
+    task.cancel()
+    await asyncio.wait((task,))
+    # A call that is cancelled while it connects holds itself, by grpc.aio's own tasks, and with it the connection, which would be made
+    # again and again until the garbage collector comes by: hours, in a quiet router. It has little to look at: see process.py's freeze.
+    del member, task
+    await asyncio.sleep(CALLS_END_S)
+    gc.collect()
 
 
 def _state(member: Member, now: float) -> str:

@@ -33,6 +33,9 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     directory = await asyncio.to_thread(resolve_checkpoint, settings.model, demo=TARGET_DIR)
     tokenizer = await asyncio.to_thread(Tokenizer.from_checkpoint, directory)
     await asyncio.to_thread(warm_up)
+    # What lives as long as the process need not be looked at again by each full collection. Before the first call to anybody: what is
+    # frozen is never collected, and a call that ends may need it.
+    gc.freeze()
     async with contextlib.AsyncExitStack() as stack:
         discovery: Discovery = StaticDiscovery.parse(settings.workers)
         if settings.redis_url is not None:
@@ -68,8 +71,6 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
             )
             http = _http_server(settings, generator, prompts, members)
             async with server, http or contextlib.nullcontext():
-                # What lives as long as the process need not be looked at again by each full collection.
-                gc.freeze()
                 await server.set_serving(True)
                 await stop.wait()
                 generator.draining = True

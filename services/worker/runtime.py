@@ -5,6 +5,7 @@ The engine knows no network and the mesh no torch; here, and only here, they are
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -133,6 +134,8 @@ async def start_worker(settings: WorkerSettings, role: str) -> AsyncIterator[Wor
     started = time.monotonic()
     loaded = await asyncio.to_thread(load_model, directory, engine_settings, allocate_kv=allocate_kv)
     _log.info("model loaded", extra={"seconds": round(time.monotonic() - started, 2), "num_blocks": loaded.core.num_blocks})
+    # The model and all that was imported need not be looked at by each full collection. Before the first call: see the router's.
+    gc.freeze()
     worker_id = settings.worker_id or f"{role}-{settings.listen}"
     epoch = time.time_ns()
     async with contextlib.AsyncExitStack() as stack:
