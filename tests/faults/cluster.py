@@ -101,7 +101,9 @@ class Cluster:
                 own |= {"kv_port": str(self._ports.take()), "kv_transports": TRANSPORTS[name]}
             await self._add(name, self._ports.take(), own)
         for name in ROUTERS:
-            await self._add(name, self._ports.take(), {**mesh, "model": "demo", "router_id": name, "max_local_tokens": "0"})
+            await self._add(
+                name, self._ports.take(), {**mesh, "model": "demo", "router_id": name, "max_local_tokens": "0", "http_listen": "off"}
+            )
         for name in self.services:
             self.launch(name)
         for name in self.services:

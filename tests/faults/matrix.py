@@ -11,9 +11,6 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Until requests go on elsewhere after their first token, those whose decode worker is lost then end UNAVAILABLE, as the README says.
-MIGRATES = True
-
 
 class Step(enum.StrEnum):
     BEFORE_START = "before start"
@@ -72,11 +69,6 @@ class Cell:
 
     def __str__(self) -> str:
         return " ".join([self.service, self.fault, self.step, *([f"block {self.block}"] if self.block else [])])
-
-    @property
-    def loses_decode(self) -> bool:
-        """Whether tokens that a decode worker made may be lost for the router."""
-        return self.service == "decode" and self.fault in (Fault.KILL, Fault.RESTART, Fault.FREEZE, Fault.RESET)
 
 
 def all_cells() -> list[Cell]:

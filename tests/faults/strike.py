@@ -13,7 +13,7 @@ import grpc
 from protos.baton.v1 import common_pb2
 from services.mesh.failpoints import Arming
 from tests.faults.cluster import DECODES, PREFILLS, ROUTERS, TRANSPORTS, Cluster, Usage
-from tests.faults.matrix import MIGRATES, PLACES, Cell, Fault
+from tests.faults.matrix import PLACES, Cell, Fault
 from tests.faults.workload import BACKGROUND, PROBE, Answer, Request, ask, difference, with_stop_string
 from tests.waiting import wait_until
 
@@ -113,9 +113,8 @@ class Matrix:
             if answer.code is None:
                 continue
             router_is_lost = cell.service == "router" and router == "router-1" and cell.fault in (Fault.KILL, Fault.RESTART, Fault.RESET)
-            decode_is_lost = not MIGRATES and cell.loses_decode and any(answer.tokens)
             due = {Fault.CANCEL: grpc.StatusCode.CANCELLED, Fault.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED}.get(
-                cell.fault, grpc.StatusCode.UNAVAILABLE if router_is_lost or decode_is_lost else None
+                cell.fault, grpc.StatusCode.UNAVAILABLE if router_is_lost else None
             )
             if answer.code is due:
                 outcome.ended += 1
