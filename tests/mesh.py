@@ -20,6 +20,7 @@ from protos.baton.v1 import common_pb2, inference_pb2, inference_pb2_grpc, statu
 from services.core.types import FinishReason, SamplingParams
 from services.decode.process import serve as serve_decode
 from services.mesh import convert
+from services.mesh.child_process import bound_to_parent
 from services.mesh.client import open_channel
 from services.prefill.process import serve as serve_prefill
 from services.router.process import serve as serve_router
@@ -81,7 +82,8 @@ class Mesh:
         values = {**self._worker_settings, "listen": address, "worker_id": worker_id, "log_level": "WARNING"}
         settings = {f"BATON_{name.upper()}": ",".join(value) if isinstance(value, tuple) else str(value) for name, value in values.items()}
         environment = {**{name: value for name, value in os.environ.items() if not name.startswith("BATON_")}, **settings}
-        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.decode", cwd=ROOT, env=environment)
+        command = bound_to_parent([sys.executable, "-m", "services.decode"])
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment)
         self._processes.append(process)
         return f"decode={worker_id}@{address}", process
 

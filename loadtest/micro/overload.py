@@ -20,7 +20,7 @@ from loadtest.micro.processes import free_port, service, wait_for_workers
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 32
 TTFT_SLO_S, TPOT_SLO_S = 1.0, 0.15
 MULTIPLES = (0.5, 1.0, 2.0, 4.0)
-CLOSED_LOOP, CLOSED_LOOP_REQUESTS = 16, 96
+CLOSED_LOOP, CLOSED_LOOP_REQUESTS = 48, 240
 SECONDS = 15.0  # of arrivals at each multiple
 DRAIN_S = 10.0
 FIRST_WORD, VOCAB_SIZE = 300, 4096

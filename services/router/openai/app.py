@@ -33,7 +33,7 @@ from services.router.openai.responses import Echo, Form, Stream, Whole
 from services.router.prompts import Prompts
 from services.router.request import GenerationRequest
 
-MAX_BODY_BYTES = 16 << 20
+MAX_BODY_BYTES = 8 << 20
 # A body of this size takes about a millisecond to read; larger ones are read in a thread.
 LONG_BODY_BYTES = 64 << 10
 TIMEOUT_HEADER = "x-request-timeout"  # seconds
