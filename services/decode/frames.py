@@ -35,8 +35,7 @@ class FrameBuilder:
         assert event.token_id is not None
         assert event.position is not None
         if event.prompt_logprobs is not None:
-            logprobs = map(convert.logprobs_to_proto, event.prompt_logprobs)
-            self._prompt_logprobs.append(decode_pb2.PromptLogprobs(handle=handle, logprobs=logprobs))
+            self._prompt_logprobs.append(convert.prompt_logprobs_to_proto(handle, event.prompt_logprobs))
         if event.logprobs is not None:
             entry = decode_pb2.EntryLogprobs(entry=len(self._handles), logprobs=convert.logprobs_to_proto(event.logprobs))
             self._logprobs.append(entry)

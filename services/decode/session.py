@@ -94,6 +94,7 @@ class RouterSession:
     async def watch_silence(self) -> None:
         """Raises PeerUnavailable when the router has said nothing for SILENCE_S: frozen or cut off, it must not keep blocks here."""
         await self._listening.wait_silence()
+        self._is_cut_off = True
         raise PeerUnavailable(f"the router has said nothing for {SILENCE_S} s")
 
     async def frames(self) -> AsyncGenerator[decode_pb2.StepFrame, None]:
@@ -236,8 +237,8 @@ class RouterSession:
 
     def _hear_reserved(self, event: Reserved) -> None:
         request = self._by_engine_id.get(event.request_id)
-        if request is None:
-            return  # dropped a moment ago; its abort is on the way to the engine
+        if request is None or self._ended or self._is_cut_off:
+            return  # dropped a moment ago, or about to be; its abort is on the way to the engine
         failpoints.hit("decode.reserved", request.start.request_id)
         request.prefilled.decode_queue_s = event.queue_s
         request.prefilled.decode_cached_tokens = event.num_cached_tokens

@@ -104,6 +104,8 @@ class EngineCore:
         num_tokens, sampling = len(request.output_token_ids), request.sampling
         if num_tokens == 0:
             return
+        if sampling.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs", "come with the first token, and there is one already")
         if sampling.n > 1:
             raise InvalidRequest("n", f"is {sampling.n}, but only one choice can go on from what it has", limit=1)
         for token_id in (min(request.output_token_ids), max(request.output_token_ids)):
@@ -145,6 +147,7 @@ class EngineCore:
                 order=(self._arrivals, 0),
                 tokens=[*request.prompt_token_ids, *request.output_token_ids],
                 prompt_length=len(request.prompt_token_ids),
+                num_received=len(request.output_token_ids),
                 max_tokens=self._max_tokens(request),
                 sampling=params,
                 seed=draw_seed() if params.seed is None else params.seed,

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from services.engine.block_pool import BlockPool
 from services.engine.sequence import Purpose, Sequence
 
-# Each token of a scored chunk has a row of logits: 128,000 fp32 numbers with the larger vocabularies.
-SCORED_CHUNK_TOKENS = 128
+# Of a step: each has a row of logits, 128,000 fp32 numbers with the larger vocabularies.
+SCORED_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,9 @@ class Scheduler:
 
     @property
     def num_uncomputed_prompt_tokens(self) -> int:
-        """Of sequences without a token yet whose prompts are computed here."""
+        """Of sequences without a token from here yet, whose prompts are computed here."""
         sequences = [*self.running, *self.waiting]  # a copy at one blow: other threads may ask
-        return sum(s.num_uncomputed for s in sequences if s.num_output_tokens == 0 and s.purpose is not Purpose.RECEIVE)
+        return sum(s.num_uncomputed for s in sequences if s.num_output_tokens == s.num_received and s.purpose is not Purpose.RECEIVE)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence at the place its order gives it."""
@@ -125,22 +125,18 @@ class Scheduler:
             else:
                 decodes.append(ScheduledChunk(sequence, 1))
         prefills: list[ScheduledChunk] = []
-        budget = self.prefill_chunk_tokens
+        budget = _Budget(self.prefill_chunk_tokens)
         for sequence in self.running:
-            if sequence.num_uncomputed > 1 and budget:
-                num_tokens = _chunk_tokens(sequence, budget)
-                budget -= num_tokens
+            if sequence.num_uncomputed > 1 and (num_tokens := budget.take(sequence)):
                 prefills.append(ScheduledChunk(sequence, num_tokens))
         while not preempted and self.waiting and self._has_place:
             sequence = self.waiting[0]
             is_computed_here = sequence.purpose is not Purpose.RECEIVE
-            if (is_computed_here and not budget) or not self._admit(sequence):
+            if (is_computed_here and not budget.left(sequence)) or not self._admit(sequence):
                 break  # nobody overtakes: a long prompt would starve behind short ones
             if not is_computed_here:
                 continue
-            num_tokens = _chunk_tokens(sequence, budget)
-            budget -= num_tokens
-            prefills.append(ScheduledChunk(sequence, num_tokens))
+            prefills.append(ScheduledChunk(sequence, budget.take(sequence)))
         # A last chunk of one token is computed like a decode, and the batch wants those first.
         return decodes + sorted(prefills, key=lambda chunk: chunk.num_tokens > 1)
 
@@ -215,9 +211,22 @@ class Scheduler:
         return -(-num_tokens // self.block_size)
 
 
-def _chunk_tokens(sequence: Sequence, budget: int) -> int:
-    most = budget if sequence.prompt_logprobs is None else min(budget, SCORED_CHUNK_TOKENS)
-    return min(sequence.num_uncomputed, most)
+class _Budget:
+    """Prompt tokens that one step may still compute, and how many of them may be scored."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens, self._num_scored = num_tokens, SCORED_TOKENS
+
+    def left(self, sequence: Sequence) -> int:
+        return self._num_tokens if sequence.prompt_logprobs is None else min(self._num_tokens, self._num_scored)
+
+    def take(self, sequence: Sequence) -> int:
+        """The tokens of this sequence's next chunk; may be none."""
+        num_tokens = min(sequence.num_uncomputed, self.left(sequence))
+        self._num_tokens -= num_tokens
+        if sequence.prompt_logprobs is not None:
+            self._num_scored -= num_tokens
+        return num_tokens
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

@@ -65,6 +65,7 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_sealed: int = 0
+    num_received: int = 0  # output tokens that another engine has made
     cached_tokens: int | None = None  # None until first admitted
     watch: PrefillWatch | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None

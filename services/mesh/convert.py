@@ -1,10 +1,11 @@
 """Between Baton's own values and their messages: the one place that knows both sides. Pure functions."""
 
+import itertools
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
 
-from protos.baton.v1 import common_pb2, prefill_pb2
+from protos.baton.v1 import common_pb2, decode_pb2, prefill_pb2
 from services.core.errors import InvalidRequest
 from services.core.prefix_hash import HASH_BYTES, TOKEN_BYTES, pack_tokens
 from services.core.types import MAX_LOGPROBS, FinishReason, SamplingParams, TokenLogprobs, check_counts
@@ -143,6 +144,44 @@ def logprobs_from_proto(message: common_pb2.TokenLogprobs) -> TokenLogprobs:
     if len(message.top_token_ids) != len(message.top_logprobs):
         raise InvalidRequest("logprobs", f"{len(message.top_token_ids)} token ids have {len(message.top_logprobs)} values")
     return TokenLogprobs(chosen=message.chosen, top=tuple(zip(message.top_token_ids, message.top_logprobs, strict=True)))
+
+
+def prompt_logprobs_to_proto(handle: int, logprobs: Sequence[TokenLogprobs]) -> decode_pb2.PromptLogprobs:
+    """All entries have as many `top` ones."""
+    top = list(itertools.chain.from_iterable(entry.top for entry in logprobs))
+    return decode_pb2.PromptLogprobs(
+        handle=handle,
+        chosen=_pack_f32([entry.chosen for entry in logprobs]),
+        num_top=len(logprobs[0].top) if logprobs else 0,
+        top_token_ids=pack_u32([token_id for token_id, _ in top]),
+        top_logprobs=_pack_f32([logprob for _, logprob in top]),
+    )
+
+
+def prompt_logprobs_from_proto(message: decode_pb2.PromptLogprobs) -> list[TokenLogprobs]:
+    """Raises InvalidRequest when the columns are not whole, or differ in length."""
+    num_top, num_entries = message.num_top, len(message.chosen) // 4
+    if len(message.chosen) % 4 or not len(message.top_token_ids) == len(message.top_logprobs) == 4 * num_top * num_entries:
+        raise InvalidRequest("prompt_logprobs", "has columns that are not whole or differ in length")
+    top = list(zip(unpack_u32(message.top_token_ids), _unpack_f32(message.top_logprobs), strict=True))
+    return [
+        TokenLogprobs(chosen=chosen, top=tuple(top[index * num_top : (index + 1) * num_top]))
+        for index, chosen in enumerate(_unpack_f32(message.chosen))
+    ]
+
+
+def _pack_f32(values: Iterable[float]) -> bytes:
+    column = array("f", values)
+    if sys.byteorder == "big":
+        column.byteswap()
+    return column.tobytes()
+
+
+def _unpack_f32(packed: bytes) -> list[float]:
+    column = array("f", packed)
+    if sys.byteorder == "big":
+        column.byteswap()
+    return column.tolist()
 
 
 def first_difference(left: common_pb2.ModelIdentity, right: common_pb2.ModelIdentity) -> str | None:

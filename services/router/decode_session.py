@@ -274,7 +274,7 @@ class DecodeSession:
                 place.stream.prefilled = prefilled
         for scored in frame.prompt_logprobs:
             if place := self._places.get(scored.handle):
-                place.stream.prompt_logprobs = [convert.logprobs_from_proto(entry) for entry in scored.logprobs]
+                place.stream.prompt_logprobs = convert.prompt_logprobs_from_proto(scored)
         endings = {ending.handle: ending for ending in frame.endings}
         if frame.handles:
             if not len(frame.handles) == len(frame.positions) == len(frame.token_ids) or len(frame.handles) % 4:

@@ -9,10 +9,19 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from protos.baton.v1 import common_pb2, decode_pb2
-from services.core.errors import DeadlineExceeded, Draining, PeerUnavailable, ResourceExhausted, Unavailable
+from services.core.errors import (
+    DeadlineExceeded,
+    Draining,
+    Incompatible,
+    InvalidRequest,
+    OutOfBlocks,
+    PeerUnavailable,
+    ResourceExhausted,
+    Unavailable,
+)
 from services.mesh import convert, failpoints
 from services.mesh.index_client import IndexReplica
 from services.router.admission import Admission, Place
@@ -28,6 +37,8 @@ from services.tokenizer.tokenizer import Tokenizer
 
 # Between looks for a worker, when there is none for a request that has been accepted.
 RETRY_S = 0.1
+# What an attempt may end with that another worker may do better. The request was found valid here: a worker that does not is another one.
+WORKER_FAILURES = (Unavailable, ResourceExhausted, InvalidRequest, Incompatible)
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +84,7 @@ class Generator:
                 fleet, route = await self._next_route(run)
                 try:
                     await failpoints.reach("router.before_start", request.request_id)
-                    with self._started(run, fleet, route, place) as (stream, item):
+                    with self._started(run, fleet, route, place) as (stream, item, start_rest):
                         await failpoints.reach("router.started", request.request_id)
                         is_told = False
                         while not run.is_finished:
@@ -82,6 +93,7 @@ class Generator:
                             if not is_told:
                                 is_told = True
                                 self._first_token(run, fleet, item, route, stream)
+                                start_rest()
                                 await failpoints.reach("router.first_token", request.request_id)
                                 if stream.prompt_logprobs is not None and not run.prompt_logprobs_told:
                                     run.prompt_logprobs_told = True
@@ -90,7 +102,7 @@ class Generator:
                                 if (delta := run.take(arrival)) is not None:
                                     self.statistics.output_tokens += len(delta.token_ids)
                                     yield delta
-                except (Unavailable, ResourceExhausted) as failure:
+                except WORKER_FAILURES as failure:
                     run.failures.note(route.decode_worker_id, failure, num_tokens=run.completion_tokens)
                     _log.warning(
                         "attempt %d on %s failed after %d tokens: %s",
@@ -141,8 +153,10 @@ class Generator:
         while True:
             try:
                 fleet = self._members.require_fleet()
+                if convert.first_difference(run.identity, self._members.require_identity()) is not None:
+                    raise PeerUnavailable("the model with which this request began is not served here any more")
                 return fleet, self._route(run, fleet)
-            except PeerUnavailable as error:
+            except (PeerUnavailable, OutOfBlocks) as error:  # whoever has room may come back, too
                 run.failures.nobody_left(error)
             await asyncio.sleep(RETRY_S)
 
@@ -173,8 +187,12 @@ class Generator:
         return route
 
     @contextlib.contextmanager
-    def _started(self, run: Run, fleet: Fleet, route: Route, place: Place) -> Iterator[tuple[RequestStream, InFlight]]:
-        """Has the request run on the route's workers; whatever ends it, they and the fleet's books hear of it."""
+    def _started(self, run: Run, fleet: Fleet, route: Route, place: Place) -> Iterator[tuple[RequestStream, InFlight, Callable[[], None]]]:
+        """Has the request run on the route's workers; whatever ends it, they and the fleet's books hear of it.
+
+        The function is to be called when the first token has come: choices that go on one by one find their prompt cached then, where at
+        once each of them would take room for all of it.
+        """
         run.attempts += 1
         run.decode_worker_id = route.decode_worker_id
         item = fleet.dispatched(route, time.monotonic())
@@ -192,10 +210,16 @@ class Generator:
             session = self._members.session(route.decode_worker_id)
             if run.first_token_at is None:
                 run.sent_at = time.perf_counter()
-            for part in run.parts():
-                session.start(self._start(run, part, route), stream, part.choices)
-            yield stream, item
-        except (Unavailable, ResourceExhausted):
+            first, *rest = run.parts()
+            started = session
+            started.start(self._start(run, first, route), stream, first.choices)
+
+            def start_rest() -> None:
+                for part in rest:
+                    started.start(self._start(run, part, route), stream, part.choices)
+
+            yield stream, item, start_rest
+        except WORKER_FAILURES:
             blamed = (route.decode_worker_id,)
             raise
         finally:

@@ -154,7 +154,7 @@ class _Choice:
             request.spread & MAX_SPREAD,
         )
         if d == NOBODY:
-            raise _no_decode_worker(fleet, self._prompt_blocks + 1)
+            raise _no_decode_worker(fleet, request.prompt_tokens // fleet.block_size + 1)
         rows = [row for row in candidates.tolist() if row != NOBODY]
         return self._describe(d, rows, levels, weights, local_cost, remote_cost)
 

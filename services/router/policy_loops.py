@@ -117,7 +117,7 @@ def choose_rows(
         token_s = decode[TOKEN_COST_S, row] + decode_blocks * decode[TOKEN_COST_S_PER_BLOCK, row]
         wait_s = decode[WAIT_S, row] + max(0.0, decode_blocks - decode[BLOCKS_AVAILABLE, row]) * decode[S_PER_MISSING_BLOCK, row]
         cost[row] = first_token_cost[row] + decode_weight * decode_tokens * token_s + wait_s
-        if prompt_blocks >= decode[BLOCKS_TOTAL, row]:
+        if prompt_tokens // block_size + 1 > decode[BLOCKS_TOTAL, row]:  # for the prompt and a token
             cost[row] = np.inf
     for row in excluded:
         if row >= num_prefill:

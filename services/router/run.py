@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from protos.baton.v1 import common_pb2, decode_pb2, inference_pb2
-from services.core.errors import DeadlineExceeded, InvalidRequest, PeerUnavailable, ResourceExhausted, Unavailable
+from services.core.errors import BatonError, DeadlineExceeded, Draining, InvalidRequest, PeerUnavailable, ResourceExhausted, Unavailable
 from services.core.noise import choice_seed, draw_seed
 from services.core.prefix_hash import chain_hashes, prefix_key
 from services.core.types import SamplingParams, check_token_id
@@ -67,7 +67,7 @@ class Run:
         self.failures = Failures(recovery_s)
         self._router_id = router_id
         self._packed_prompt = convert.pack_u32(request.prompt_token_ids)
-        self._hashes: tuple[int, list[bytes]] | None = None
+        self._hashes: tuple[tuple[int, int], list[bytes]] | None = None
         num_choices = self.sampling.n
         self._open_choices = set(range(num_choices))
         self._outputs: list[list[int]] = [[] for _ in range(num_choices)]
@@ -87,7 +87,7 @@ class Run:
     @property
     def num_tokens(self) -> int:
         """To be computed before the longest open choice can go on."""
-        return self.prompt_tokens + max(map(len, self._open_outputs()))
+        return self.prompt_tokens + len(self._outputs[self._longest()])
 
     def remaining_s(self) -> float | None:
         """Until the deadline; None: there is none. Raises DeadlineExceeded when it has passed."""
@@ -100,11 +100,11 @@ class Run:
 
     def block_hashes(self) -> list[bytes]:
         """Of all full blocks of the prompt and of what the longest open choice has."""
-        num_tokens = self.num_tokens
-        if self._hashes is None or self._hashes[0] != num_tokens:
-            longest = max(self._open_outputs(), key=len)
-            packed = self._packed_prompt + convert.pack_u32(longest)
-            self._hashes = num_tokens, chain_hashes(self.prefix_key, packed, self.identity.block_size)
+        longest = self._longest()
+        key = longest, len(self._outputs[longest])
+        if self._hashes is None or self._hashes[0] != key:
+            packed = self._packed_prompt + convert.pack_u32(self._outputs[longest])
+            self._hashes = key, chain_hashes(self.prefix_key, packed, self.identity.block_size)
         return self._hashes[1]
 
     def next_positions(self) -> list[int]:
@@ -112,17 +112,18 @@ class Run:
         return [self.prompt_tokens + len(output) for output in self._outputs]
 
     def parts(self) -> list[Part]:
-        """What the next attempt has to start: everything at once, or each open choice from where it is."""
+        """What the next attempt has to start: everything at once, or each open choice from where it is, the longest one first."""
         if not any(self._outputs):
             return [Part(choices=range(self.sampling.n), sampling=self.sampling, packed_tokens=self._packed_prompt)]
         assert self.sampling.seed is not None
+        longest = self._longest()
         return [
             Part(
                 choices=(choice,),
                 sampling=replace(self.sampling, n=1, seed=choice_seed(self.sampling.seed, choice), prompt_logprobs=None),
                 packed_tokens=self._packed_prompt + convert.pack_u32(self._outputs[choice]),
             )
-            for choice in sorted(self._open_choices)
+            for choice in sorted(self._open_choices, key=lambda choice: (choice != longest, choice))
         ]
 
     def take(self, arrival: Arrival) -> Delta | None:
@@ -178,8 +179,9 @@ class Run:
             prompt_tokens=self.prompt_tokens, completion_tokens=self.completion_tokens, cached_tokens=cached_tokens, timing=timing
         )
 
-    def _open_outputs(self) -> list[list[int]]:
-        return [self._outputs[choice] for choice in self._open_choices]
+    def _longest(self) -> int:
+        """The open choice that has the most tokens."""
+        return max(sorted(self._open_choices), key=lambda choice: len(self._outputs[choice]))
 
 
 class Failures:
@@ -192,28 +194,33 @@ class Failures:
     def __init__(self, recovery_s: float) -> None:
         self._recovery_s = recovery_s
         self.excluded: list[str] = []
-        self._last: Unavailable | ResourceExhausted | None = None
-        self._since = 0.0
+        self._last: BatonError | None = None
+        self._alone_since: float | None = None  # nobody is left
         self._num_fruitless = self._num_in_all = self._num_tokens = 0
 
-    def note(self, worker_id: str, error: Unavailable | ResourceExhausted, *, num_tokens: int) -> None:
+    def note(self, worker_id: str, error: BatonError, *, num_tokens: int) -> None:
         """An attempt has failed; `num_tokens` have come so far, over all attempts. Raises the error when no other one may follow."""
-        if num_tokens > self._num_tokens or self._last is None:
+        if num_tokens > self._num_tokens:
             self.excluded.clear()
-            self._num_fruitless, self._num_tokens, self._since = 0, num_tokens, time.monotonic()
+            self._num_fruitless, self._num_tokens, self._alone_since = 0, num_tokens, None
         self._last = error
+        self.excluded.append(worker_id)
+        if isinstance(error, ResourceExhausted | Draining):
+            return  # it was refused, and has harmed nobody
+        self._alone_since = None
         self._num_fruitless += 1
         self._num_in_all += 1
         if self._num_fruitless >= MAX_ATTEMPTS or self._num_in_all >= MAX_ATTEMPTS_IN_ALL:
             raise error
-        self.excluded.append(worker_id)
 
-    def nobody_left(self, error: PeerUnavailable) -> None:
+    def nobody_left(self, error: BatonError) -> None:
         """There is no worker to try: they may be tried again. Raises when it makes no sense to wait for that, or not any longer."""
         if self._last is None:
             raise error
-        is_refused = isinstance(self._last, ResourceExhausted) and not self._num_tokens
-        if is_refused or time.monotonic() - self._since > self._recovery_s:
+        is_full = isinstance(self._last, ResourceExhausted) and not self._num_tokens
+        now = time.monotonic()
+        self._alone_since = self._alone_since or now
+        if is_full or not isinstance(self._last, Unavailable | ResourceExhausted) or now - self._alone_since > self._recovery_s:
             raise self._last from None
         self.excluded.clear()
 

@@ -16,6 +16,8 @@ from services.router.members import Members
 from services.router.prompts import Prompts
 from services.router.request import Delta, GenerationRequest, PromptLogprobs, Summary
 
+SCORES_PER_RESPONSE = 512
+
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """What clients call."""
@@ -45,7 +47,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 if isinstance(piece, Delta):
                     yield _delta_to_proto(piece)
                 elif isinstance(piece, PromptLogprobs):
-                    yield inference_pb2.GenerateResponse(prompt_logprobs=map(convert.logprobs_to_proto, piece.logprobs))
+                    # In pieces, so that other requests get their turn, and none is too large for a client.
+                    for start in range(0, len(piece.logprobs), SCORES_PER_RESPONSE):
+                        some = piece.logprobs[start : start + SCORES_PER_RESPONSE]
+                        yield inference_pb2.GenerateResponse(prompt_logprobs=map(convert.logprobs_to_proto, some))
+                        await asyncio.sleep(0)
                 else:
                     yield _summary_to_proto(piece, with_timing=request.include_timing)
 

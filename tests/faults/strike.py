@@ -21,13 +21,13 @@ ANSWER_TIMEOUT_S = 30.0
 NOTICE_S = 5.0  # within which a frozen worker must have been noticed
 FREED_S, FREED_AFTER_CLIENT_S = 2.0, 1.0
 FROZEN_S = 4.0  # of a process whose silence nobody can go on without
-USED_AGAIN_S = 20.0
+USED_AGAIN_S = 60.0  # a process starts in three seconds on a machine of its own
 SETTLED_S = 5.0  # for sockets and threads of connections that have ended
 
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What a cell came to; `ended`: requests that a lost router, or for now a lost decode worker, ends with UNAVAILABLE by necessity.
+    """What a cell came to; `ended`: requests that a lost router ends with UNAVAILABLE by necessity, and those of a client that is late.
 
     leaked        blocks, requests, descriptors and threads that are still held when all is quiet
     freed_s       from the last answer until nothing was held for any of the requests

@@ -11,8 +11,11 @@ from services.core.errors import InvalidRequest
 from services.core.noise import choice_seed
 from services.core.prefix_hash import prefix_key
 from services.core.types import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
+from services.engine.batch import StepBatch
 from services.engine.core import EngineCore
 from services.engine.pacing import LONG_STEP_S
+from services.engine.sampler import SampleRow, ScoreRow
+from services.engine.scheduler import SCORED_TOKENS
 from services.engine.sequence import EngineRequest, Purpose
 from services.engine.settings import EngineSettings
 
@@ -429,6 +432,7 @@ def test_prompt_logprobs_when_another_engine_generates_are_refused(make_core: Ma
     ("output", "sampling", "field"),
     [
         ([5], {"n": 2}, "n"),
+        ([5], {"prompt_logprobs": 0}, "prompt_logprobs"),
         ([VOCAB_SIZE], {}, "output_token_ids"),
         ([-1], {}, "output_token_ids"),
         ([5] * 4, {"max_tokens": 4}, "output_token_ids"),
@@ -443,3 +447,27 @@ def test_validate_when_nothing_can_follow_what_another_engine_made_refuses(
         core.validate(replace(make_request(**sampling), output_token_ids=output))
     assert caught.value.field == field
     core.validate(replace(make_request(max_tokens=5), output_token_ids=[5] * 4))
+
+
+def test_prompt_logprobs_of_several_prompts_share_what_a_step_may_score(make_core: MakeCore) -> None:
+    core = make_core(prefill_chunk_tokens=512, max_model_len=256, kv_memory_bytes=64 * BLOCK_BYTES)
+    rows: list[int] = []
+    execute = core._runner.execute
+
+    def counting(batch: StepBatch, samples: Sequence[SampleRow], scores: Sequence[ScoreRow] = ()) -> Any:
+        rows.append(len(scores))
+        return execute(batch, samples, scores)
+
+    core._runner.execute = counting  # type: ignore[method-assign]
+    requests = [make_request(name, [7 + number] * 100, max_tokens=2, prompt_logprobs=0) for number, name in enumerate("abc")]
+    choices = generate(core, *requests)
+    assert all(len(choices[name, 0][0].prompt_logprobs or ()) == 99 for name in "abc")
+    assert sum(rows) == 3 * 99 and max(rows) <= SCORED_TOKENS
+
+
+def test_backlog_when_a_request_goes_on_from_received_tokens_counts_all_that_is_to_be_computed(make_core: MakeCore) -> None:
+    core = make_core()
+    core.add(replace(make_request(max_tokens=9), output_token_ids=[5, 6]))
+    assert core.stats().uncomputed_prompt_tokens == len(PROMPT) + 2
+    core.step()
+    assert core.stats().uncomputed_prompt_tokens == 0

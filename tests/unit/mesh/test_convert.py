@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 
-from protos.baton.v1 import common_pb2, prefill_pb2
+from protos.baton.v1 import common_pb2, decode_pb2, prefill_pb2
 from services.core.errors import InvalidRequest
 from services.core.types import FinishReason, SamplingParams, TokenLogprobs
 from services.mesh import convert
@@ -265,3 +265,28 @@ def test_logprobs_when_a_message_is_anything_have_as_many_values_as_tokens_or_ar
     else:
         with pytest.raises(InvalidRequest):
             convert.logprobs_from_proto(message)
+
+
+@given(
+    st.integers(0, 5).flatmap(
+        lambda num_top: st.lists(st.tuples(FLOAT32, st.lists(st.tuples(U32, FLOAT32), min_size=num_top, max_size=num_top)))
+    )
+)
+def test_prompt_logprobs_when_sent_come_back_in_order(entries: list[tuple[float, list[tuple[int, float]]]]) -> None:
+    logprobs = [TokenLogprobs(chosen=chosen, top=tuple(top)) for chosen, top in entries]
+    packed = convert.prompt_logprobs_to_proto(3, logprobs).SerializeToString()
+    assert convert.prompt_logprobs_from_proto(decode_pb2.PromptLogprobs.FromString(packed)) == logprobs
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"chosen": bytes(5)},
+        {"chosen": bytes(8), "num_top": 1, "top_token_ids": bytes(8), "top_logprobs": bytes(4)},
+        {"chosen": bytes(8), "num_top": 2**32 - 1},
+        {"chosen": bytes(8), "top_token_ids": bytes(8), "top_logprobs": bytes(8)},
+    ],
+)
+def test_prompt_logprobs_when_the_columns_do_not_fit_are_refused(columns: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="prompt_logprobs"):
+        convert.prompt_logprobs_from_proto(decode_pb2.PromptLogprobs(**columns))

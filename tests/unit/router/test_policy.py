@@ -529,3 +529,11 @@ def test_choose_when_the_prompt_must_be_computed_on_decode_names_no_prefill_work
         chosen = route(fleet, RouteRequest(prompt_tokens=100_000, max_output_tokens=1, must_be_local=True, excluded=excluded))
         assert (chosen.prefill_worker_ids, chosen.is_local) == ((), True)
         assert chosen.decode_worker_id not in excluded
+
+
+def test_choose_when_a_pool_holds_the_sequence_and_one_more_token_takes_it() -> None:
+    fleet = make_fleet(prefill=0, decode=1)
+    fleet.report("decode-0", Load(blocks_total=64, blocks_free=64), 0.0)
+    assert route(fleet, RouteRequest(prompt_tokens=64 * BLOCK_SIZE - 1)).decode_worker_id == "decode-0"
+    with pytest.raises(OutOfBlocks, match="need 65 KV blocks, the largest decode worker has 64"):
+        route(fleet, RouteRequest(prompt_tokens=64 * BLOCK_SIZE))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.core.errors import BatonError, EngineStopped, PeerUnavailable, QueueFull
+from services.core.errors import BatonError, Draining, EngineStopped, InvalidRequest, PeerUnavailable, QueueFull
 from services.core.noise import choice_seed
 from services.core.types import FinishReason, SamplingParams
 from services.mesh import convert
@@ -59,7 +59,7 @@ def test_parts_when_tokens_have_come_go_on_with_each_open_choice_from_where_it_i
     run = make_run(n=3, prompt_logprobs=1)
     for choice, token_ids, reason in ((0, (5, 6), None), (1, (8,), FinishReason.STOP), (2, (9,) * 9, None)):
         run.take(Arrival(choice, token_ids, (), reason))
-    first, third = run.parts()
+    third, first = run.parts()  # the longest begins, and the others find its prompt in the cache
     assert (list(first.choices), tokens_of(first)) == ([0], [*PROMPT, 5, 6])
     assert (list(third.choices), tokens_of(third)) == ([2], [*PROMPT, *(9,) * 9])
     assert [part.sampling.seed for part in (first, third)] == [7, choice_seed(7, 2)]
@@ -121,7 +121,7 @@ def test_nobody_left_when_the_request_was_never_started_refuses_it_at_once() -> 
 
 
 def test_nobody_left_when_a_worker_was_lost_waits_for_it_to_come_back_and_then_says_what_it_said() -> None:
-    for recovery_s, said in ((10.0, None), (-1.0, "lost")):
+    for recovery_s, said in ((10.0, None), (-1.0, "lost")):  # counted from when nobody is left
         failures = Failures(recovery_s)
         failures.note("d0", PeerUnavailable("lost"), num_tokens=0)
         error = nobody(failures)
@@ -134,3 +134,19 @@ def test_nobody_left_when_all_queues_are_full_is_told_unless_the_request_has_beg
         failures = Failures(10.0)
         failures.note("d0", QueueFull("full"), num_tokens=num_tokens)
         assert isinstance(nobody(failures), QueueFull) == (num_tokens == 0)
+
+
+@pytest.mark.parametrize("refusal", [QueueFull("full"), Draining("drains")])
+def test_failures_when_workers_only_refuse_go_on_for_as_long_as_somebody_may_come_back(refusal: BatonError) -> None:
+    failures = Failures(10.0)
+    failures.note("d0", PeerUnavailable("lost"), num_tokens=5)
+    for _ in range(2 * MAX_ATTEMPTS_IN_ALL):
+        failures.note("d1", refusal, num_tokens=5)
+        assert nobody(failures) is None
+
+
+def test_nobody_left_when_a_worker_finds_the_request_invalid_says_so_at_once() -> None:
+    failures = Failures(10.0)
+    failures.note("small", InvalidRequest("max_tokens", "too many here"), num_tokens=5)
+    assert failures.excluded == ["small"], "another one may be larger"
+    assert isinstance(nobody(failures), InvalidRequest)
