@@ -268,7 +268,7 @@ class _Strike:
         request_id = f"probe-{uuid.uuid4().hex}"
         action = "error" if cell.fault is Fault.ERROR else "pause"
         if cell.fault is Fault.STUCK:
-            point, nth = "kv.inside_block", 6
+            point, nth = "kv.inside_block", 1  # several blocks go at a time
         cluster.arm(role, point, Arming(action=action, nth=nth, request_id=None if cell.fault is Fault.STUCK else request_id))
         for request in self._others:
             self._send("router-0", request)

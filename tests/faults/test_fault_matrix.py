@@ -15,10 +15,7 @@ from tests.faults.cluster import Cluster
 from tests.faults.matrix import Cell, all_cells, chosen_cells
 from tests.faults.strike import Matrix, Outcome, table
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="needs 127.0.0.2, /proc and memfd"),
-    pytest.mark.xdist_group("faults"),  # one mesh for all cells, also with several processes of pytest
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs 127.0.0.2, /proc and memfd")
 CELLS = all_cells() if os.environ.get("FAULTS") == "all" else chosen_cells()
 
 

@@ -21,10 +21,7 @@ from tests.faults.strike import SETTLED_S, Matrix
 from tests.faults.workload import PROBE, Answer, Request, ask, difference
 from tests.waiting import wait_until
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="needs 127.0.0.2, /proc and memfd"),
-    pytest.mark.xdist_group("faults"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs 127.0.0.2, /proc and memfd")
 MAX_OPEN = 8
 NUM_INTERRUPTED, NUM_FAULTS = 50, 3  # at least; `make chaos`: ten times as many
 # A leaked KV block has 32 KiB, and a prompt ten of them: a run's requests would show here if each left but one behind. What is left is

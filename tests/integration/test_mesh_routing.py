@@ -38,9 +38,9 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> None:
         runner: Any = loaded.core._runner
         execute = runner.execute
 
-        def paced_execute(batch: Any, rows: Any) -> Any:
+        def paced_execute(batch: Any, samples: Any, scores: Any = ()) -> Any:
             ends_at = time.perf_counter() + slowness * (STEP_S + SEQUENCE_S * len(batch.query_lens) + TOKEN_S * sum(batch.query_lens))
-            result = execute(batch, rows)
+            result = execute(batch, samples, scores)
             time.sleep(max(0.0, ends_at - time.perf_counter()))
             return result
 
