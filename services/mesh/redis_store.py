@@ -85,7 +85,7 @@ class RedisStore:
                         results[index] = result
         except TimeoutError as error:
             raise PeerUnavailable(f"redis: no answer within {timeout_s} s") from error
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, RuntimeError) as error:  # uvloop says the last when the connection was reset since it was last used
             raise PeerUnavailable(f"redis: {error}") from error
         for result in results:
             if isinstance(result, RedisError):

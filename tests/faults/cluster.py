@@ -227,7 +227,10 @@ class Cluster:
     def connections(self, name: str) -> dict[str, int]:
         """How many TCP connections a process has with whom, for people who look for one too many."""
         links = [link for link in Path(f"/proc/{self.services[name].pid}/fd").iterdir() if link.is_symlink()]
-        own = {str(link.readlink())[len("socket:[") : -1] for link in links}
+        own = set()
+        for link in links:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                own.add(str(link.readlink())[len("socket:[") : -1])
         ports = {int(address.rpartition(":")[2]): other for other, address in self._addresses.items()}
         found: Counter[str] = Counter()
         lines = [line for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]

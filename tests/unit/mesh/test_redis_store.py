@@ -113,3 +113,23 @@ def test_run_when_cancelled_at_any_moment_then_the_task_ends(server: RedisServer
 def test_store_when_the_url_is_none_then_raises_configuration_error() -> None:
     with pytest.raises(ConfigurationError, match="redis_url"):
         RedisStore("http://127.0.0.1")
+
+
+def test_run_when_the_connection_was_reset_at_this_moment_then_raises_peer_unavailable_once(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvloop says so with a RuntimeError as it writes, which once ended routers and indexes."""
+
+    def closed(data: object) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True reading=False>; the handler is closed")
+
+    async def test() -> None:
+        async with RedisStore(server.url) as store:
+            [first] = await store.run([count("reset")])
+            [connection] = store._client.connection_pool._available_connections
+            monkeypatch.setattr(connection._writer, "writelines", closed)
+            with pytest.raises(PeerUnavailable, match="the handler is closed"):
+                await store.run([count("reset")])
+            assert await store.run([count("reset")]) == [first + 1], "and it is connected again"
+
+    asyncio.run(test())
