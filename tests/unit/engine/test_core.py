@@ -10,7 +10,7 @@ from kernels.reference import gumbel_noise
 from services.core.errors import InvalidRequest
 from services.core.noise import choice_seed
 from services.core.prefix_hash import prefix_key
-from services.core.types import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
+from services.core.types import FinishReason, SampledToken, SamplingParams, TokenEvent, TokenLogprobs
 from services.engine.batch import StepBatch
 from services.engine.core import EngineCore
 from services.engine.pacing import LONG_STEP_S
@@ -471,3 +471,11 @@ def test_backlog_when_a_request_goes_on_from_received_tokens_counts_all_that_is_
     assert core.stats().uncomputed_prompt_tokens == len(PROMPT) + 2
     core.step()
     assert core.stats().uncomputed_prompt_tokens == 0
+
+
+@pytest.mark.parametrize(("max_tokens", "reason"), [(3, FinishReason.LENGTH), (4, None)])
+def test_first_events_when_a_request_goes_on_count_what_it_has(make_core: MakeCore, max_tokens: int, reason: FinishReason | None) -> None:
+    request = replace(make_request(max_tokens=max_tokens), output_token_ids=[5, 6])
+    [event] = make_core().first_events(request, [SampledToken(7, None)], cached_tokens=0)
+    assert isinstance(event, TokenEvent)
+    assert (event.position, event.finish_reason) == (len(PROMPT) + 2, reason)

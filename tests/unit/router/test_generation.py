@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from protos.baton.v1 import common_pb2, decode_pb2
-from services.core.errors import BatonError, EngineStopped, InvalidRequest, PeerUnavailable, QueueFull
+from services.core.errors import BatonError, EngineStopped, InvalidRequest, Overloaded, PeerUnavailable, QueueFull
 from services.core.prefix_index import PrefixIndex
 from services.core.types import FinishReason, SamplingParams
 from services.mesh import convert, status
@@ -19,6 +19,7 @@ from services.router.admission import Admission
 from services.router.generation import Generator
 from services.router.members import Members
 from services.router.request import Delta, GenerationRequest, Piece
+from services.router.route import Route
 from tests.unit.router.scripted_worker import IDENTITY, LOAD, Worker, tokens
 from tests.unit.router.test_members import Announcements
 from tests.unit.router.test_run import PROMPT, Words
@@ -51,13 +52,13 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def bench(*, recovery_s: float = 10.0) -> AsyncIterator[Bench]:
+async def bench(*, recovery_s: float = 10.0, admission: Admission | None = None) -> AsyncIterator[Bench]:
     replica: Any = SimpleNamespace(index=PrefixIndex(), synchronized=True)
     discovery = Announcements()
     members = Members(discovery, replica, router_id="r", served_model_name=None)
     tokenizer: Any = Words()
     generator = Generator(
-        members, replica, tokenizer, Admission(max_in_flight=8), router_id="r", max_local_tokens=None, recovery_s=recovery_s
+        members, replica, tokenizer, admission or Admission(max_in_flight=8), router_id="r", max_local_tokens=None, recovery_s=recovery_s
     )
     async with asyncio.TaskGroup() as tasks:
         following = tasks.create_task(members.run())
@@ -178,5 +179,32 @@ def test_choices_when_they_go_on_elsewhere_follow_the_longest_one() -> None:
             second.frames.put_nowait(ended(tokens(other_start.handle, 41, 1, 2, 3, 4, 5), other_start.handle))
             pieces = await asking
             assert [token_ids(pieces, choice) for choice in range(3)] == [[5, 1, 2, 3, 4, 5], [6, 7, 8, 1, 2, 3], [9]]
+
+    run(main)
+
+
+class Choosy(Admission):
+    """Lets the first request in, and nothing after it."""
+
+    num_checks = 0
+
+    def check(self, route: Route, *, remaining_s: float | None = None) -> None:
+        self.num_checks += 1
+        if self.num_checks > 1:
+            raise Overloaded("too late")
+
+
+def test_request_when_it_goes_on_elsewhere_is_not_shed_once_it_was_accepted() -> None:
+    async def main() -> None:
+        first, second = named("d0"), named("d1")
+        async with bench(admission=Choosy(max_in_flight=8)) as mesh, first.serving() as address, second.serving() as other:
+            await mesh.join("d0", address)
+            asking = mesh.ask()
+            await wait_until(lambda: starts(first))
+            await mesh.join("d1", other)
+            first.frames.put_nowait(failed(0, EngineStopped("died")))
+            await wait_until(lambda: starts(second))
+            second.frames.put_nowait(ended(tokens(0, 40, 1, 2, 3, 4, 5, 6), 0))
+            assert token_ids(await asking) == [1, 2, 3, 4, 5, 6]
 
     run(main)

@@ -150,3 +150,11 @@ def test_nobody_left_when_a_worker_finds_the_request_invalid_says_so_at_once() -
     failures.note("small", InvalidRequest("max_tokens", "too many here"), num_tokens=5)
     assert failures.excluded == ["small"], "another one may be larger"
     assert isinstance(nobody(failures), InvalidRequest)
+
+
+def test_take_when_a_worker_does_not_end_a_choice_takes_none_of_what_is_too_much() -> None:
+    run = make_run(max_tokens=3)
+    run.take(Arrival(0, (1, 2), (), None))
+    with pytest.raises(PeerUnavailable, match="did not end a choice after 3 tokens"):
+        run.take(Arrival(0, (3, 4), (), None))
+    assert (run.completion_tokens, run.next_positions()) == (2, [42])
