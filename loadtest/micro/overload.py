@@ -87,14 +87,17 @@ def _figures(capacities: Sequence[float], loads: dict[float, list[Load]], runs: 
 
 
 async def _closed_loop(address: str) -> float:
-    """Requests per second when the next one comes as one ends."""
+    """Requests finished per second when the next one comes as one ends; a refused one comes again when it was told to."""
     bodies = iter([_body() for _ in range(CLOSED_LOOP_REQUESTS)])
     started = time.perf_counter()
 
     async def client() -> None:
         for body in bodies:
             reply = await complete(address, body)
-            if reply.tokens != OUTPUT_TOKENS and reply.retry_after_s is None:
+            while reply.retry_after_s is not None:
+                await asyncio.sleep(reply.retry_after_s)
+                reply = await complete(address, body)
+            if reply.tokens != OUTPUT_TOKENS:
                 raise RuntimeError(f"a request gave {reply.tokens} tokens: {reply.status} {reply.error}")
 
     await asyncio.gather(*[client() for _ in range(CLOSED_LOOP)])

@@ -12,6 +12,9 @@ from services.core.errors import Overloaded, QueueFull
 from services.router.route import Route
 
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 30.0
+# A full queue is as long as the limit lets it be: were predictions right on average, half of what is admitted then would be late.
+KEPT = 0.9  # of those admitted, how many shall keep their limit
+LEARN = 0.05  # how far one first token moves what is known of predictions, as a share of the one predicted
 
 
 class Admission:
@@ -24,6 +27,7 @@ class Admission:
         self._max_in_flight = max_in_flight
         self._ttft_slo_s = ttft_slo_s
         self._typical_s = 1.0  # from route to last token, as predicted for recent requests
+        self._lateness_s = 0.0  # behind the prediction: a share KEPT of recent first tokens came no later than this
         self.num_in_flight = 0
 
     def enter(self) -> "Place":
@@ -36,23 +40,41 @@ class Admission:
         return Place(self)
 
     def ttft_limit_s(self, remaining_s: float | None) -> float | None:
-        """Until when a first token is of use to a request with this much time left; None: always."""
-        if remaining_s is None or self._ttft_slo_s is None:
-            return self._ttft_slo_s if remaining_s is None else remaining_s
-        return min(remaining_s, self._ttft_slo_s)
+        """Up to what may be predicted for a request with this much time left, so that its first token is still of use; None: anything."""
+        limit_s = self._limit_s(remaining_s)
+        return None if limit_s is None else limit_s - self._margin_s(limit_s)
 
     def check(self, route: Route, *, remaining_s: float | None = None) -> None:
         """Lets a request go its way. Raises Overloaded when it would be too late, with the time until the queues will have drained so far.
 
         The only request of this router is always let through: if predictions were wrong, nothing else would ever correct them.
         """
-        limit_s = self.ttft_limit_s(remaining_s)
-        if limit_s is not None and route.predicted_ttft_s > limit_s and self.num_in_flight > 1:
-            raise Overloaded(
-                f"the first token would come after {route.predicted_ttft_s:.3g} s, the limit is {limit_s:.3g} s",
-                retry_after_s=_bounded(route.predicted_ttft_s - limit_s),
-            )
+        limit_s = self._limit_s(remaining_s)
+        if limit_s is not None and self.num_in_flight > 1:
+            expected_s = route.predicted_ttft_s + self._margin_s(limit_s)
+            if expected_s > limit_s:
+                raise Overloaded(
+                    f"the first token would come after {expected_s:.3g} s, the limit is {limit_s:.3g} s",
+                    retry_after_s=_bounded(expected_s - limit_s),
+                )
         self._typical_s += 0.05 * (route.predicted_s - self._typical_s)
+
+    def note_first_token(self, route: Route, ttft_s: float) -> None:
+        """A first token came `ttft_s` after its request had been routed: tells how far predictions can be relied on."""
+        # Steps up and down in this proportion settle where the share KEPT lies below.
+        is_late = ttft_s - route.predicted_ttft_s > self._lateness_s
+        step_s = LEARN * route.predicted_ttft_s
+        self._lateness_s = max(0.0, self._lateness_s + step_s * (KEPT if is_late else KEPT - 1.0))
+
+    def _limit_s(self, remaining_s: float | None) -> float | None:
+        """The objective or the deadline, whichever is nearer."""
+        if remaining_s is None or self._ttft_slo_s is None:
+            return self._ttft_slo_s if remaining_s is None else remaining_s
+        return min(remaining_s, self._ttft_slo_s)
+
+    def _margin_s(self, limit_s: float) -> float:
+        """Never more than half: whoever would come in far below the limit does, and corrects what is known."""
+        return min(self._lateness_s, limit_s / 2)
 
     def leave(self) -> None:
         assert self.num_in_flight > 0

@@ -274,6 +274,7 @@ class Generator:
         if run.first_token_at is None:
             run.first_token_at = time.perf_counter()
             run.prefilled, run.route = facts, route
+            self._admission.note_first_token(route, time.monotonic() - item.dispatched_s)
             statistics.ttft.add(run.first_token_at - run.request.received_at)
         self._correct(run, route.decode_worker_id, route.decode_cached_tokens, facts.decode_cached_tokens)
         predicted = dict(zip(route.prefill_worker_ids, route.prefill_cached_tokens, strict=True))

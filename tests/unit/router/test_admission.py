@@ -1,6 +1,7 @@
 """Who comes in: places, predicted lateness, and what those who are refused are told."""
 
 import dataclasses
+import random
 
 import pytest
 
@@ -82,6 +83,30 @@ def test_check_of_the_only_request_lets_it_through_so_that_predictions_can_be_co
         admission.check(predicted(100.0))
         with admission.enter(), pytest.raises(Overloaded):
             admission.check(predicted(100.0))
+
+
+def test_check_when_first_tokens_come_later_than_predicted_keeps_so_much_more_distance() -> None:
+    admission = busy(Admission(max_in_flight=10, ttft_slo_s=1.0))
+    rng = random.Random(1)
+    for _ in range(2000):
+        admission.note_first_token(predicted(0.5), 0.5 + rng.uniform(-0.2, 0.2))
+    # Nine of ten came no later than 0.16 s behind their prediction.
+    admission.check(predicted(0.75))
+    with pytest.raises(Overloaded, match="the limit is 1 s"):
+        admission.check(predicted(0.95))
+    assert admission.ttft_limit_s(None) == pytest.approx(0.84, abs=0.06)
+    for _ in range(200):
+        admission.note_first_token(predicted(0.5), 0.4)
+    assert admission.ttft_limit_s(None) == 1.0
+
+
+def test_check_when_predictions_are_worthless_still_lets_in_what_is_far_below_the_limit() -> None:
+    admission = busy(Admission(max_in_flight=10, ttft_slo_s=1.0))
+    for _ in range(500):
+        admission.note_first_token(predicted(0.4), 60.0)
+    admission.check(predicted(0.45))
+    with pytest.raises(Overloaded):
+        admission.check(predicted(0.55))
 
 
 def test_queue_full_when_requests_are_long_tells_clients_to_come_back_later() -> None:
