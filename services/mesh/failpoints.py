@@ -125,18 +125,20 @@ def _strike(file: Path, request_id: str) -> Arming | None:
     with _lock:  # threads come by one point together, and only one of them is the nth
         try:
             arming = Arming.parse(file.name, file.read_text())
+            if arming.request_id not in (None, request_id):
+                return None
+            if arming.nth > 1:
+                later = Arming(action=arming.action, seconds=arming.seconds, nth=arming.nth - 1, request_id=arming.request_id)
+                with file.open("r+") as left:  # made anew, it would arm the point again
+                    left.write(str(later))
+                    left.truncate()
+                return None
+            if arming.action == "pause":
+                file.rename(file.with_name(f"{file.name}.paused"))
+            else:
+                file.unlink()
         except FileNotFoundError:
-            return None
-        if arming.request_id not in (None, request_id):
-            return None
-        if arming.nth > 1:
-            later = Arming(action=arming.action, seconds=arming.seconds, nth=arming.nth - 1, request_id=arming.request_id)
-            file.write_text(str(later))
-            return None
-        if arming.action == "pause":
-            file.rename(file.with_name(f"{file.name}.paused"))
-        else:
-            file.unlink()
+            return None  # not armed, or no longer
     if arming.action in _SIGNALS:
         os.kill(os.getpid(), _SIGNALS[arming.action])
     if arming.action == "error":

@@ -47,6 +47,22 @@ def test_point_when_armed_for_the_nth_hit_of_a_request_counts_only_its_own(folde
         failpoints.hit(POINT, "mine")
 
 
+@pytest.mark.parametrize("text", ["pause@2", "pause", "error", "sleep:0.1"])
+def test_point_when_disarmed_just_as_somebody_comes_by_stays_disarmed(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    # It was armed again by whoever counted it down, and a request that came later stood there for good: once in some hundred cells.
+    point = folder / "decode.started"
+    point.write_text(text)
+    parse = failpoints.Arming.parse
+
+    def parse_and_disarm(name: str, text: str) -> failpoints.Arming:
+        point.unlink()
+        return parse(name, text)
+
+    monkeypatch.setattr(failpoints.Arming, "parse", parse_and_disarm)
+    failpoints.hit("decode.started", "request-1")
+    assert list(folder.iterdir()) == []
+
+
 def test_pause_on_a_task_lets_the_loop_go_on_until_it_is_taken_away(folder: Path) -> None:
     async def main() -> None:
         (folder / POINT).write_text("pause")
