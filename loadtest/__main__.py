@@ -1,16 +1,5 @@
 """`python -m loadtest`: the measuring commands."""
 
-import typer
-
-from loadtest.micro.app import app as micro
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(micro, name="micro", help="Small benchmarks, each beside a reference measured in the same run.")
-
-
-@app.callback()
-def loadtest() -> None:
-    """Measures Baton."""
-
+from loadtest.app import app
 
 app()

@@ -1,0 +1,258 @@
+"""A simulated mesh: requests on their way through a router, prefill, links and decode, in virtual time, as one request's tree of calls goes
+in the product: decode takes room first, then calls prefill, whose blocks travel chunk by chunk; decode begins when all have landed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from loadtest.ceilings import block_hash
+from loadtest.schedule import PlannedRequest, Schedule
+from loadtest.sim.events import Events
+from loadtest.sim.router import Prompt, SimRouter, Ticket
+from loadtest.sim.worker import Purpose, SimSequence, SimWorker
+from services.core.errors import ResourceExhausted
+from services.router.fleet import PrefillOutcome
+
+HEARTBEAT_S = 0.5
+
+
+@dataclass(slots=True, kw_only=True)
+class SimRecord:
+    """What became of one request; times from the start of the run, None where it did not come so far."""
+
+    request: int
+    at_s: float
+    input_tokens: int
+    output_tokens: int
+    decode_worker_id: str = ""
+    prefill_worker_id: str = ""  # whoever computed the prompt
+    reserved_s: float | None = None
+    prefill_began_s: float | None = None
+    prefill_done_s: float | None = None
+    landed_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    prefill_cached_tokens: int = 0
+    decode_cached_tokens: int = 0
+    kv_blocks: int = 0
+    refused: str = ""  # the error's name
+
+    @property
+    def ttft_s(self) -> float:
+        assert self.first_token_s is not None
+        return self.first_token_s - self.at_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """None with a single token, which has nobody to come after."""
+        assert self.first_token_s is not None
+        assert self.finished_s is not None
+        return (self.finished_s - self.first_token_s) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+    @property
+    def queue_s(self) -> float:
+        """From having room on decode to the prompt's first chunk."""
+        assert self.prefill_began_s is not None
+        assert self.reserved_s is not None
+        return self.prefill_began_s - self.reserved_s
+
+
+class SimMesh:
+    """The way of requests between a router and workers."""
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+        self._workers: dict[str, SimWorker] = {}
+        self._router: SimRouter | None = None
+        self._schedule: Schedule | None = None
+        self._records: list[SimRecord] = []
+        self._followers: dict[int, list[int]] = {}
+        self._num_open = 0
+
+    def stepped(self, worker: SimWorker) -> None:
+        """A worker's load and pool have changed: the router hears of it."""
+        assert self._router is not None
+        stored, removed = worker.pool.drain_changes()
+        if stored or removed:
+            self._router.blocks_changed(worker.worker_id, stored, removed)
+        self._router.report(worker.worker_id, worker.load(), self._events.now_s)
+
+    def run(self, schedule: Schedule, workers: Sequence[SimWorker], router: SimRouter) -> list[SimRecord]:
+        """Sends a schedule's requests and follows them to their end; their records, in its order."""
+        self._schedule, self._router = schedule, router
+        self._workers = {worker.worker_id: worker for worker in workers}
+        self._num_open = len(schedule)
+        for index, request in enumerate(schedule.requests):
+            record = SimRecord(request=index, at_s=request.at_s, input_tokens=request.input_tokens, output_tokens=request.output_tokens)
+            self._records.append(record)
+            if request.after is None:
+                self._events.at(request.at_s, partial(self._arrive, request, record))
+            else:
+                self._followers.setdefault(request.after, []).append(index)
+        for worker in workers:
+            worker.pool.track_changes()
+        self._beat()
+        self._events.run()
+        return self._records
+
+    def _beat(self) -> None:
+        """All workers say how they are, twice a second, as long as there is work."""
+        assert self._router is not None
+        if not self._num_open:
+            return
+        now_s = self._events.now_s
+        for worker in self._workers.values():
+            self._router.report(worker.worker_id, worker.load(), now_s)
+        self._events.at(now_s + HEARTBEAT_S, self._beat)
+
+    def _arrive(self, request: PlannedRequest, record: SimRecord) -> None:
+        assert self._router is not None
+        assert self._schedule is not None
+        record.at_s = self._events.now_s
+        prompt = Prompt(
+            hashes=[block_hash(block_id) for block_id in request.block_ids()[: request.input_tokens // self._schedule.block_size]],
+            tokens=request.input_tokens,
+            output_tokens=request.output_tokens,
+        )
+        try:
+            ticket = self._router.decide(prompt, self._events.now_s)
+        except ResourceExhausted as refusal:
+            record.refused = type(refusal).__name__
+            self.ended(record)
+            return
+        prefill = None if ticket.prefill_worker_id is None else self._workers[ticket.prefill_worker_id]
+        _Run(self, self._events, self._router, prompt, ticket, record, self._workers[ticket.decode_worker_id], prefill)
+
+    def ended(self, record: SimRecord) -> None:
+        """A request is over: its session's next turn is planned."""
+        assert self._schedule is not None
+        self._num_open -= 1
+        for index in self._followers.get(record.request, ()):
+            follower = self._schedule.requests[index]
+            self._events.at(self._events.now_s + follower.think_s, partial(self._arrive, follower, self._records[index]))
+
+
+class _Run:
+    """One request on its way; the owner of its sequence on decode."""
+
+    def __init__(
+        self,
+        mesh: SimMesh,
+        events: Events,
+        router: SimRouter,
+        prompt: Prompt,
+        ticket: Ticket,
+        record: SimRecord,
+        decode: SimWorker,
+        prefill: SimWorker | None,
+    ) -> None:
+        self._mesh, self._events, self._router = mesh, events, router
+        self._prompt, self._ticket, self._record = prompt, ticket, record
+        self._decode, self._prefill = decode, prefill
+        record.decode_worker_id = decode.worker_id
+        decodes_first = decode.model.decodes_first_token
+        self._here = SimSequence(
+            owner=self,
+            hashes=prompt.hashes,
+            prompt_tokens=prompt.tokens,
+            decode_steps=record.output_tokens - (0 if decodes_first else 1),
+            purpose=Purpose.GENERATE if prefill is None else Purpose.RECEIVE,
+            has_first=not decodes_first,
+        )
+        decode.submit(self._here)
+
+    # Of the sequence on decode
+
+    def admitted(self) -> None:
+        record, now_s = self._record, self._events.now_s
+        if record.reserved_s is not None:
+            return  # it was put back
+        record.reserved_s = now_s
+        record.decode_cached_tokens = self._here.num_cached
+        if self._prefill is None:
+            record.prefill_began_s = now_s
+            return
+        if self._here.num_uncomputed <= self._ticket.local_prefill_tokens:
+            record.prefill_began_s = now_s
+            self._prefill = None
+            self._events.at(now_s, partial(self._decode.start, self._here, 0))
+            return
+        _Prefill(self, self._prefill, self._prompt)
+
+    def computed(self, num_tokens: int) -> None:
+        record, now_s = self._record, self._events.now_s
+        if self._here.num_uncomputed or record.prefill_done_s is not None:
+            return
+        record.prefill_done_s = record.landed_s = now_s
+        record.prefill_worker_id = self._decode.worker_id
+        if self._here.has_first:
+            self._told_first()
+
+    def first_step_done(self) -> None:
+        if self._record.first_token_s is None:
+            self._told_first()
+
+    def finished(self) -> None:
+        self._record.finished_s = self._events.now_s
+        self._router.finished(self._ticket, self._events.now_s, self._record.output_tokens)
+        self._mesh.ended(self._record)
+
+    # Of the prefill elsewhere
+
+    def prefill_began(self) -> None:
+        self._record.prefill_began_s = self._events.now_s
+
+    def prefilled(self, remote: SimSequence, worker: SimWorker) -> None:
+        record, now_s = self._record, self._events.now_s
+        record.prefill_done_s = record.landed_s = now_s
+        record.prefill_worker_id = worker.worker_id
+        record.prefill_cached_tokens = remote.num_cached
+        record.kv_blocks = len(self._here.block_ids) - self._here.num_cached // worker.model.block_size
+        self._events.at(now_s, partial(worker.release, remote))
+        if self._here.has_first:
+            self._told_first()
+        self._decode.start(self._here, self._prompt.tokens)
+
+    def _told_first(self) -> None:
+        record = self._record
+        now_s = record.first_token_s = self._events.now_s
+        assert record.reserved_s is not None
+        assert record.prefill_began_s is not None
+        assert record.prefill_done_s is not None
+        is_local = record.prefill_worker_id == record.decode_worker_id
+        cached = record.decode_cached_tokens if is_local else record.prefill_cached_tokens
+        outcome = PrefillOutcome(
+            worker_id=record.prefill_worker_id,
+            decode_queue_s=record.reserved_s - record.at_s,
+            queue_s=record.prefill_began_s - record.reserved_s,
+            prefill_s=record.prefill_done_s - record.prefill_began_s,
+            new_tokens=record.input_tokens - cached,
+            cached_tokens=cached,
+            kv_blocks=record.kv_blocks,
+        )
+        self._router.first_token(self._ticket, outcome, now_s)
+
+
+class _Prefill:
+    """A prompt computed for another worker."""
+
+    def __init__(self, run: _Run, worker: SimWorker, prompt: Prompt) -> None:
+        self._run, self._worker = run, worker
+        self._sequence = SimSequence(
+            owner=self, hashes=prompt.hashes, prompt_tokens=prompt.tokens, decode_steps=0, purpose=Purpose.PREFILL, has_first=True
+        )
+        worker.submit(self._sequence)
+
+    def admitted(self) -> None:
+        self._run.prefill_began()
+
+    def computed(self, num_tokens: int) -> None:
+        if not self._sequence.num_uncomputed:
+            self._run.prefilled(self._sequence, self._worker)
+
+    def first_step_done(self) -> None:
+        raise AssertionError("a prompt for others does not decode")
+
+    def finished(self) -> None:
+        raise AssertionError("a prompt for others does not decode")

@@ -1,0 +1,1 @@
+"""Workloads of others as schedules, and schedules as Mooncake's format: each file here knows one format and nothing else."""

@@ -1,0 +1,205 @@
+"""The simulator: hand-computed times, and what no run may lose or invent."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from loadtest.app import app
+from loadtest.files import BadInput
+from loadtest.schedule import PlannedRequest, Schedule
+from loadtest.sim.simulation import Policy, RouterModel, Simulation, simulate
+from loadtest.sim.worker_model import Chunk, WorkerModel, declared
+from services.router.cost_model import DeclaredPrefill, DeclaredStep
+
+BLOCK = 8
+
+
+def _model(**changes: object) -> WorkerModel:
+    """10 ms and 1 ms a token for a chunk of at most 16 tokens, 5 ms for a step of decoding; 20 blocks of 8 tokens."""
+    model = WorkerModel(
+        prefill=DeclaredPrefill(constant_s=10e-3, per_token_s=1e-3, per_token_squared_s=0.0, chunk_tokens=16),
+        step=DeclaredStep(constant_s=5e-3, per_share_s=0.0, per_share_squared_s=0.0),
+        pools_chunks=True,
+        block_size=BLOCK,
+        num_blocks=20,
+        chunk_tokens=16,
+        max_num_seqs=8,
+        decodes_first_token=True,
+    )
+    return dataclasses.replace(model, **changes)  # type: ignore[arg-type]
+
+
+def _request(at_s: float, input_tokens: int, output_tokens: int, first_block: int, **fields: object) -> PlannedRequest:
+    runs = ((first_block, -(-input_tokens // BLOCK)),)
+    return PlannedRequest(at_s=at_s, input_tokens=input_tokens, output_tokens=output_tokens, block_runs=runs, **fields)  # type: ignore[arg-type]
+
+
+def _simulate(
+    *requests: PlannedRequest, model: WorkerModel | None = None, num_prefill: int = 1, num_decode: int = 1, **options: object
+) -> Simulation:
+    schedule = Schedule(block_size=BLOCK, requests=requests, source="test")
+    return simulate(schedule, model or _model(), num_prefill=num_prefill, num_decode=num_decode, **options)  # type: ignore[arg-type]
+
+
+def test_one_request_takes_its_chunks_and_its_steps() -> None:
+    # 16 + 4 tokens: 26 ms and 14 ms; then three steps of 5 ms, the first of which gives the first token.
+    (record,) = _simulate(_request(1.0, 20, 3, 0), policy=Policy.ROUND_ROBIN).records
+    assert record.prefill_done_s == pytest.approx(1.040)
+    assert record.first_token_s == pytest.approx(1.045)
+    assert record.finished_s == pytest.approx(1.055)
+    assert record.ttft_s == pytest.approx(0.045)
+    assert record.tpot_s == pytest.approx(0.005)
+
+
+def test_first_token_when_prefill_samples_it_is_there_with_the_prompt() -> None:
+    (record,) = _simulate(_request(0.0, 20, 3, 0), policy=Policy.ROUND_ROBIN, model=_model(decodes_first_token=False)).records
+    assert record.first_token_s == pytest.approx(0.040)
+    assert record.finished_s == pytest.approx(0.050)
+
+
+def test_single_token_when_prefill_samples_it_needs_no_step() -> None:
+    (record,) = _simulate(_request(0.0, 20, 1, 0), policy=Policy.ROUND_ROBIN, model=_model(decodes_first_token=False)).records
+    assert record.finished_s == pytest.approx(0.040)
+    assert record.tpot_s is None
+
+
+def test_second_prompt_shares_what_is_left_of_a_chunk_and_finds_the_prefix() -> None:
+    # The first prompt leaves 12 tokens of its second chunk to the second one, whose first two blocks it has computed by then.
+    simulation = _simulate(_request(0.0, 20, 1, 0), _request(0.001, 20, 1, 0), policy=Policy.ROUND_ROBIN)
+    first, second = simulation.records
+    assert second.prefill_cached_tokens == 16
+    assert first.prefill_done_s == second.prefill_done_s == pytest.approx(0.026 + 0.010 + 0.008)
+
+
+def test_whoever_comes_during_a_step_of_decoding_joins_after_it() -> None:
+    # The first decodes from 40 ms on. The second gets room on decode when the step ends at 45, so that its prompt is done at 57.
+    simulation = _simulate(_request(0.0, 20, 100, 0), _request(0.0405, 2, 2, 50), policy=Policy.ROUND_ROBIN)
+    _, second = simulation.records
+    assert second.prefill_done_s == pytest.approx(0.057)
+    assert second.first_token_s == pytest.approx(0.065)  # it joins the step that begins at 60
+    assert second.finished_s == pytest.approx(0.070)
+
+
+def test_decode_that_computes_a_prompt_itself_does_both_in_one_step() -> None:
+    simulation = _simulate(_request(0.0, 4, 100, 0), _request(0.1, 6, 2, 50), num_prefill=0)
+    first, second = simulation.records
+    # Prompt 14 ms, steps at 19, 24, … 99, 104: from 104 on one step of 5 + 16 ms has the second prompt, the next one decodes both.
+    assert first.first_token_s == pytest.approx(0.019)
+    assert second.prefill_began_s == pytest.approx(0.104)
+    assert second.first_token_s == pytest.approx(0.130)
+    assert first.finished_s == pytest.approx(0.014 + 0.5 + 0.016)
+
+
+def test_sequence_that_needs_a_block_when_there_is_none_is_put_back_and_computed_again() -> None:
+    # Two of 72 tokens hold 9 of 20 blocks each; after 8 tokens each needs its 10th, after 16 its 11th, of which there is none.
+    simulation = _simulate(_request(0.0, 72, 20, 0), _request(0.0, 72, 20, 50), num_prefill=0, num_decode=1)
+    assert sum(worker.num_preemptions for worker in simulation.workers) >= 1
+    assert all(record.finished_s is not None for record in simulation.records)
+    assert simulation.records[1].finished_s > simulation.records[0].finished_s  # type: ignore[operator]
+
+
+def test_next_turn_comes_its_thinking_time_after_the_answer() -> None:
+    first, second = _simulate(_request(0.0, 20, 3, 0), _request(0.0, 28, 2, 0, after=0, think_s=2.0), policy=Policy.ROUND_ROBIN).records
+    assert first.finished_s is not None
+    assert second.at_s == first.finished_s + 2.0
+    assert second.prefill_cached_tokens == 16
+
+
+def test_simulate_when_a_request_fits_nowhere_names_it() -> None:
+    with pytest.raises(BadInput, match="request 1 has 150"):
+        _simulate(_request(0.0, 20, 3, 0), _request(0.0, 150, 30, 60))
+
+
+def test_simulate_when_blocks_differ_says_so() -> None:
+    with pytest.raises(BadInput, match="512"):
+        _simulate(_request(0.0, 20, 3, 0), model=declared())
+
+
+def test_declared_step_is_what_the_published_curves_say() -> None:
+    model = declared()
+    assert model.step_s([Chunk(1000, 0)], 0, 0) == pytest.approx(16.50142e-3 + 15.18344e-3 + 0.4209989e-3)
+    assert model.step_s([Chunk(600, 0), Chunk(400, 8192)], 0, 0) == model.step_s([Chunk(1000, 0)], 0, 0)
+    assert model.step_s([], 5, 1000) == pytest.approx((5.74 + 54.01 / 2 - 25.74 / 4) * 1e-3)
+
+
+requests = st.lists(st.tuples(st.floats(0.0, 1.0), st.integers(1, 60), st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=20)
+
+
+@settings(deadline=None)
+@given(
+    requests,
+    st.integers(0, 3),
+    st.integers(1, 3),
+    st.sampled_from(Policy),
+    st.sampled_from(RouterModel),
+    st.booleans(),
+    st.integers(14, 40),
+    st.integers(1, 8),
+)
+def test_simulation_loses_and_invents_nothing(
+    chosen: list[tuple[float, int, int, int]],
+    num_prefill: int,
+    num_decode: int,
+    policy: Policy,
+    router_model: RouterModel,
+    decodes_first_token: bool,
+    num_blocks: int,
+    max_num_seqs: int,
+) -> None:
+    model = _model(decodes_first_token=decodes_first_token, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
+    planned = [_request(at_s, inputs, outputs, 100 * family) for at_s, inputs, outputs, family in sorted(chosen)]
+    simulation = _simulate(*planned, model=model, num_prefill=num_prefill, num_decode=num_decode, policy=policy, router_model=router_model)
+    for record in simulation.records:
+        times = [record.at_s, record.reserved_s, record.prefill_began_s, record.prefill_done_s, record.landed_s, record.first_token_s]
+        assert None not in [*times, record.finished_s]
+        assert times == sorted(times, key=float)  # type: ignore[arg-type]
+        assert record.first_token_s <= record.finished_s + 1e-9  # type: ignore[operator]
+    for worker in simulation.workers:
+        assert worker.pool.num_owned == worker.pool.num_quarantined == 0
+        assert worker.pool.num_free + worker.pool.num_cached == num_blocks
+        load = worker.load()
+        assert load.num_running == load.num_waiting == load.uncomputed_prompt_tokens == 0
+    if not sum(worker.num_preemptions for worker in simulation.workers):
+        cached = sum(
+            record.decode_cached_tokens if record.prefill_worker_id == record.decode_worker_id else record.prefill_cached_tokens
+            for record in simulation.records
+        )
+        computed = sum(worker.num_prefill_tokens for worker in simulation.workers)
+        assert computed + cached == sum(request.input_tokens for request in planned)
+        by_decode = sum(request.output_tokens - (0 if decodes_first_token else 1) for request in planned)
+        assert sum(worker.num_decode_tokens for worker in simulation.workers) == by_decode
+
+
+@settings(deadline=None, max_examples=20)
+@given(requests, st.sampled_from(Policy))
+def test_simulation_when_repeated_is_the_same(chosen: list[tuple[float, int, int, int]], policy: Policy) -> None:
+    planned = [_request(at_s, inputs, outputs, 100 * family) for at_s, inputs, outputs, family in sorted(chosen)]
+    runs = [_simulate(*planned, num_prefill=2, num_decode=2, policy=policy).records for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_command_prints_one_json_object_and_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": 100 * i, "input_length": 1500, "output_length": 20, "hash_ids": [0, 1, 2 + i]} for i in range(30)]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["sim", str(trace), "--worker-model", "declared", "--prefill", "2", "--decode", "2", "--json"]
+    for policy in Policy:
+        result = CliRunner().invoke(app, [*arguments, "--policy", policy])
+        assert result.exit_code == 0, result.output
+        report = json.loads(result.stdout)
+        assert report["requests"] == {
+            "offered": 30,
+            "completed": 30,
+            "refused": 0,
+            "prefilled_on_decode": report["requests"]["prefilled_on_decode"],
+        }
+        assert 0.5 < report["prefix_reuse"] + report["decode_reuse"] <= report["ceilings"]["infinite"]
+        assert set(report["ttft_ms"]) == set(report["tpot_ms"]) == {"mean", "p50", "p90", "p99"}
+    result = CliRunner().invoke(app, ["sim", str(tmp_path / "missing.jsonl")])
+    assert result.exit_code == 2
+    assert "missing.jsonl" in result.stderr
