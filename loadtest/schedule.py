@@ -26,18 +26,15 @@ class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     block_runs      the prompt's blocks, ceil(input_tokens / block_size) of them, as (first id, number of ids)
     after           index in the schedule of the request, an earlier one, whose answer this one waits for
     think_s         between that answer's end and this request
-    text            the prompt itself, where it is real text; input_tokens is then an estimate, and there are no blocks
     """
 
     at_s: float
     input_tokens: int
     output_tokens: int
     block_runs: tuple[tuple[int, int], ...] = ()
-    tenant: str = ""
     session: str = ""
     after: int | None = None
     think_s: float = 0.0
-    text: str | None = None
 
     def block_ids(self) -> list[int]:
         """All of the prompt's block ids, in order."""

@@ -1,5 +1,5 @@
-"""A simulated mesh: requests on their way through a router, prefill, links and decode, in virtual time, as one request's tree of calls goes
-in the product: decode takes room first, then calls prefill, whose blocks travel chunk by chunk; decode begins when all have landed.
+"""A simulated mesh: requests on their way through a router, prefill and decode, in virtual time, as one request's tree of calls goes in the
+product: decode takes room first, then calls prefill, and begins when the prompt is there. Blocks travel in no time.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,6 @@ class SimRecord:
     reserved_s: float | None = None
     prefill_began_s: float | None = None
     prefill_done_s: float | None = None
-    landed_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
     prefill_cached_tokens: int = 0
@@ -184,7 +183,7 @@ class _Run:
         record, now_s = self._record, self._events.now_s
         if self._here.num_uncomputed or record.prefill_done_s is not None:
             return
-        record.prefill_done_s = record.landed_s = now_s
+        record.prefill_done_s = now_s
         record.prefill_worker_id = self._decode.worker_id
         if self._here.has_first:
             self._told_first()
@@ -205,7 +204,7 @@ class _Run:
 
     def prefilled(self, remote: SimSequence, worker: SimWorker) -> None:
         record, now_s = self._record, self._events.now_s
-        record.prefill_done_s = record.landed_s = now_s
+        record.prefill_done_s = now_s
         record.prefill_worker_id = worker.worker_id
         record.prefill_cached_tokens = remote.num_cached
         record.kv_blocks = len(self._here.block_ids) - self._here.num_cached // worker.model.block_size

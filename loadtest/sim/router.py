@@ -174,4 +174,5 @@ class BatonRouter:
     def blocks_changed(self, worker_id: str, stored: Sequence[bytes], removed: Sequence[bytes]) -> None:
         self._sequence_numbers[worker_id] += 1
         number = self._sequence_numbers[worker_id]
-        assert self._index.apply(worker_id, epoch=EPOCH, sequence_number=number, stored=stored, removed=removed)
+        applied = self._index.apply(worker_id, epoch=EPOCH, sequence_number=number, stored=stored, removed=removed)
+        assert applied

@@ -104,7 +104,7 @@ class SimWorker:
         self._prefilling: list[SimSequence] = []  # by order
         self._decoding: dict[SimSequence, None] = {}
         self._new: list[SimSequence] = []  # decode from the next step on
-        self._num_reserved = self._num_held = 0
+        self._num_reserved = 0
         # Plans of decoding sequences, by the number of the step at which they come due: (step, tie, life, sequence).
         self._ends: list[tuple[int, int, int, SimSequence]] = []
         self._growths: list[tuple[int, int, int, SimSequence]] = []
@@ -145,7 +145,6 @@ class SimWorker:
 
     def release(self, sequence: SimSequence) -> None:
         """A prompt computed here for another worker has been taken there."""
-        self._num_held -= 1
         self.pool.release(sequence.block_ids)
         self._wake()
 
@@ -241,9 +240,7 @@ class SimWorker:
         self._seal(sequence, sequence.num_computed + num_tokens)
         if not sequence.num_uncomputed:
             self._prefilling.remove(sequence)
-            if sequence.purpose is Purpose.PREFILL:
-                self._num_held += 1
-            elif sequence.decode_steps:
+            if sequence.purpose is Purpose.GENERATE and sequence.decode_steps:
                 self._new.append(sequence)
         sequence.owner.computed(num_tokens)
         if sequence.purpose is Purpose.GENERATE and not sequence.num_uncomputed and not sequence.decode_steps:
