@@ -85,7 +85,9 @@ class RoundRobin:
 
 
 @dataclass(frozen=True, slots=True)
-class _Routed:
+class Routed:
+    """A decision of the product's policy."""
+
     route: Route
     item: InFlight
     place: Place
@@ -150,10 +152,10 @@ class BatonRouter:
         except BaseException:
             place.leave()
             raise
-        return _Routed(route, self._fleet.dispatched(route, now_s), place, prompt)
+        return Routed(route, self._fleet.dispatched(route, now_s), place, prompt)
 
     def first_token(self, ticket: Ticket, outcome: PrefillOutcome, now_s: float) -> None:
-        assert isinstance(ticket, _Routed)
+        assert isinstance(ticket, Routed)
         self._fleet.prefill_done(ticket.item, outcome, now_s)
         route = ticket.route
         self._admission.note_first_token(route, now_s - ticket.item.dispatched_s)
@@ -164,7 +166,7 @@ class BatonRouter:
             self._index.disown(outcome.worker_id, missing)
 
     def finished(self, ticket: Ticket, now_s: float, output_tokens: int) -> None:
-        assert isinstance(ticket, _Routed)
+        assert isinstance(ticket, Routed)
         self._fleet.finished(ticket.item, now_s, output_tokens=output_tokens)
         ticket.place.leave()
 

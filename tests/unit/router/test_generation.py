@@ -186,7 +186,13 @@ def test_choices_when_they_go_on_elsewhere_follow_the_longest_one() -> None:
 class Choosy(Admission):
     """Lets the first request in, and nothing after it."""
 
-    num_checks = 0
+    def __init__(self) -> None:
+        super().__init__(max_in_flight=8)
+        self.num_checks = 0
+        self.noted: list[tuple[str, float]] = []
+
+    def note_first_token(self, route: Route, ttft_s: float) -> None:
+        self.noted.append((route.decode_worker_id, ttft_s))
 
     def check(self, route: Route, *, remaining_s: float | None = None) -> None:
         self.num_checks += 1
@@ -197,7 +203,8 @@ class Choosy(Admission):
 def test_request_when_it_goes_on_elsewhere_is_not_shed_once_it_was_accepted() -> None:
     async def main() -> None:
         first, second = named("d0"), named("d1")
-        async with bench(admission=Choosy(max_in_flight=8)) as mesh, first.serving() as address, second.serving() as other:
+        admission = Choosy()
+        async with bench(admission=admission) as mesh, first.serving() as address, second.serving() as other:
             await mesh.join("d0", address)
             asking = mesh.ask()
             await wait_until(lambda: starts(first))
@@ -206,5 +213,8 @@ def test_request_when_it_goes_on_elsewhere_is_not_shed_once_it_was_accepted() ->
             await wait_until(lambda: starts(second))
             second.frames.put_nowait(ended(tokens(0, 40, 1, 2, 3, 4, 5, 6), 0))
             assert token_ids(await asking) == [1, 2, 3, 4, 5, 6]
+            ((worker_id, ttft_s),) = admission.noted
+            assert worker_id == "d1"
+            assert 0.0 < ttft_s < 30.0
 
     run(main)
