@@ -2,39 +2,49 @@
 
 A prompt is a chain of content blocks: each block has an id, and equal leading ids mean an equal prefix, as in Mooncake's traces. Ids are
 kept as runs of consecutive numbers, since a conversation of 100,000 tokens is a few runs and a thousand ids. What tokens an id stands for
-is prompts.py's affair; who sends them, run's.
+is prompts.py's affair; who sends them, run's. A prompt may instead be a real text: it has no blocks then.
 
 A request either has its time from the start of the run, or comes `think_s` after another one has been answered: a session's next turn.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
-from loadtest.files import BadInput, open_text, read_rows
+from loadtest.files import BadInput, open_text, read_numbered_rows, read_rows
 
 FORMAT = "baton.schedule/1"
+
+# What a file may hold; the upper end of times keeps infinity out.
+Tokens = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+BlockId = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """
     at_s            from the start of the run; of a later turn of a session: 0, `after` and `think_s` say when
-    input_tokens    of the prompt; its last block may be partly filled
-    block_runs      the prompt's blocks, ceil(input_tokens / block_size) of them, as (first id, number of ids)
+    input_tokens    of the prompt; its last block may be partly filled. Of a text: what its file says, or an estimate (traces/text.py)
+    block_runs      the prompt's blocks, ceil(input_tokens / block_size) of them, as (first id, number of ids); none of a text
     after           index in the schedule of the request, an earlier one, whose answer this one waits for
     think_s         between that answer's end and this request
+    tenant          whose request it is; empty where nobody asks
+    text            the prompt itself, where it is a real one
     """
 
-    at_s: float
-    input_tokens: int
-    output_tokens: int
-    block_runs: tuple[tuple[int, int], ...] = ()
+    at_s: Seconds
+    input_tokens: Tokens
+    output_tokens: Tokens
+    block_runs: tuple[tuple[BlockId, Tokens], ...] = ()
     session: str = ""
-    after: int | None = None
-    think_s: float = 0.0
+    after: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    think_s: Seconds = 0.0
+    tenant: str = ""
+    text: str = ""
 
     def block_ids(self) -> list[int]:
         """All of the prompt's block ids, in order."""
@@ -43,7 +53,7 @@ class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
     format: str
-    block_size: int
+    block_size: Tokens
     source: str
     seed: int
     digest: str
@@ -74,6 +84,25 @@ class Schedule:
             digest.update(msgspec.json.encode(request) + b"\n")
         return digest.hexdigest()
 
+    @cached_property
+    def earliest_s(self) -> Sequence[float]:
+        """When each request would come if every answer took no time at all."""
+        times: list[float] = []
+        for request in self.requests:
+            times.append(request.at_s if request.after is None else times[request.after] + request.think_s)
+        return times
+
+    def with_times(self, times_s: Sequence[float], note: str) -> "Schedule":
+        """The requests that have a time of their own come at these instead, in the same order; the others follow them as before.
+
+        times_s   as many as there are such requests, none before the one ahead of it
+        """
+        times = iter(times_s)
+        return self._with(
+            tuple(msgspec.structs.replace(request, at_s=next(times)) if request.after is None else request for request in self.requests),
+            note,
+        )
+
     def with_speedup(self, factor: float) -> "Schedule":
         """Everything, think times too, `factor` times as fast."""
         if factor == 1.0:
@@ -103,18 +132,28 @@ class Schedule:
     def shrunk(self, divisor: int) -> "Schedule":
         """All lengths divided, for small models. Blocks keep their ids, so that every shared prefix stays shared.
 
-        Raises BadInput when blocks cannot be divided so.
+        A last block that was partly filled stays so, since only full blocks are reused: its length is rounded up, but not to a whole
+        block. With one token a block there is no such length, and it becomes full.
+        Raises BadInput when blocks cannot be divided so, or prompts are texts.
         """
+        if divisor == 1:
+            return self
         if divisor < 1 or self.block_size % divisor:
             raise BadInput(f"the lengths cannot be divided by {divisor}: blocks have {self.block_size} tokens")
+        if any(request.text for request in self.requests):
+            raise BadInput("the lengths of texts cannot be divided")
+        block_size = self.block_size // divisor
+
+        def divided(input_tokens: int) -> int:
+            full, rest = divmod(input_tokens, self.block_size)
+            return full * block_size + (max(1, min(-(-rest // divisor), block_size - 1)) if rest else 0)
+
         requests = tuple(
-            msgspec.structs.replace(
-                request, input_tokens=-(-request.input_tokens // divisor), output_tokens=-(-request.output_tokens // divisor)
-            )
+            msgspec.structs.replace(request, input_tokens=divided(request.input_tokens), output_tokens=-(-request.output_tokens // divisor))
             for request in self.requests
         )
         smaller = self._with(requests, f"lengths / {divisor}")
-        smaller.block_size = self.block_size // divisor
+        smaller.block_size = block_size
         return smaller
 
     def fitting(self, max_model_len: int) -> "Schedule":
@@ -124,12 +163,14 @@ class Schedule:
         )
 
     def first(self, *, seconds: float | None = None, num_requests: int | None = None) -> "Schedule":
-        """The beginning, up to a time or a number of requests; later turns count with the first of their session."""
+        """The beginning, up to a time or a number of requests; a later turn has the time at which it would come at the earliest."""
+        if seconds is None and num_requests is None:
+            return self
+        earliest_s = iter(self.earliest_s)
 
-        def is_early(request: PlannedRequest, index: int) -> bool:
-            if num_requests is not None and index >= num_requests:
-                return False
-            return seconds is None or request.after is not None or request.at_s < seconds
+        def is_early(_: PlannedRequest, num_kept: int) -> bool:
+            at_s = next(earliest_s)
+            return (num_requests is None or num_kept < num_requests) and (seconds is None or at_s < seconds)
 
         limits = [f"{limit:g} {unit}" for limit, unit in ((seconds, "s"), (num_requests, "requests")) if limit is not None]
         return self._filter(is_early, f"the first {', '.join(limits)}")
@@ -148,8 +189,12 @@ class Schedule:
             header = next(read_rows(file, _Header, path), None)
             if header is None or header.format != FORMAT:
                 raise BadInput(f"{path} is no schedule of format {FORMAT}")
-            requests = tuple(read_rows(file, PlannedRequest, path, first_line=2))
-        schedule = cls(block_size=header.block_size, requests=requests, source=header.source, seed=header.seed)
+            requests: list[PlannedRequest] = []
+            for number, request in read_numbered_rows(file, PlannedRequest, path, first_line=2):
+                if problem := _problem(request, len(requests), header.block_size):
+                    raise BadInput(f"{path}, line {number}: {problem}")
+                requests.append(request)
+        schedule = cls(block_size=header.block_size, requests=tuple(requests), source=header.source, seed=header.seed)
         if schedule.digest != header.digest:
             raise BadInput(f"{path} was changed or cut off: its requests do not match its digest")
         return schedule
@@ -167,3 +212,14 @@ class Schedule:
 
     def _with(self, requests: tuple[PlannedRequest, ...], note: str) -> "Schedule":
         return Schedule(block_size=self.block_size, requests=requests, source=f"{self.source}; {note}", seed=self.seed)
+
+
+def _problem(request: PlannedRequest, index: int, block_size: int) -> str | None:
+    """What is wrong with a request at this place of a file, beyond its types."""
+    if request.after is not None and request.after >= index:
+        return f"after is {request.after}, no earlier request"
+    num_blocks = sum(count for _, count in request.block_runs)
+    expected = 0 if request.text else -(-request.input_tokens // block_size)
+    if num_blocks != expected:
+        return f"block_runs has {num_blocks} blocks, {expected} of {block_size} tokens belong to it"
+    return None

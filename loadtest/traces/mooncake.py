@@ -11,17 +11,17 @@ from pathlib import Path
 
 import msgspec
 
-from loadtest.files import BadInput, open_text, read_rows
-from loadtest.schedule import PlannedRequest, Schedule
+from loadtest.files import BadInput, open_text, read_numbered_rows
+from loadtest.schedule import BlockId, PlannedRequest, Schedule, Seconds, Tokens
 
 BLOCK_SIZE = 512
 
 
 class _Row(msgspec.Struct, frozen=True):
-    timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: list[int]
+    timestamp: Seconds  # in thousandths
+    input_length: Tokens
+    output_length: Tokens
+    hash_ids: list[BlockId]
 
 
 def read(path: Path, *, block_size: int = BLOCK_SIZE, spread_s: float = 0.0, seed: int = 0) -> Schedule:
@@ -32,12 +32,10 @@ def read(path: Path, *, block_size: int = BLOCK_SIZE, spread_s: float = 0.0, see
     rng = random.Random(seed)
     requests = []
     with open_text(path, "r") as file:
-        for number, row in enumerate(read_rows(file, _Row, path), 1):
-            if row.input_length < 1 or row.output_length < 1 or row.timestamp < 0:
-                raise BadInput(f"{path}, request {number}: lengths must be at least 1, the timestamp at least 0")
+        for number, row in read_numbered_rows(file, _Row, path):
             if (expected := -(-row.input_length // block_size)) != len(row.hash_ids):
                 raise BadInput(
-                    f"{path}, request {number}: hash_ids has {len(row.hash_ids)} blocks, "
+                    f"{path}, line {number}: hash_ids has {len(row.hash_ids)} blocks, "
                     f"an input_length of {row.input_length} has {expected} of {block_size} tokens (--block-size)"
                 )
             at_s = row.timestamp / 1e3 + (rng.random() * spread_s if spread_s else 0.0)
@@ -50,12 +48,11 @@ def read(path: Path, *, block_size: int = BLOCK_SIZE, spread_s: float = 0.0, see
 
 
 def write(schedule: Schedule, path: Path) -> None:
-    """Writes the schedule for other tools."""
-    times: list[float] = []
+    """Writes the schedule for other tools. Raises BadInput when its prompts are texts."""
+    if any(request.text for request in schedule.requests):
+        raise BadInput("Mooncake's format has no texts: they can only be kept as a schedule")
     with open_text(path, "w") as file:
-        for request in schedule.requests:
-            times.append(request.at_s if request.after is None else times[request.after] + request.think_s)
-        for at_s, request in sorted(zip(times, schedule.requests, strict=True), key=lambda pair: pair[0]):
+        for at_s, request in sorted(zip(schedule.earliest_s, schedule.requests, strict=True), key=lambda pair: pair[0]):
             row = _Row(
                 timestamp=round(at_s * 1e3, 3),
                 input_length=request.input_tokens,
