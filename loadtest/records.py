@@ -1,16 +1,17 @@
-"""What became of each request, whoever sent it: the same record from a run against a cluster, from the simulator, and from other tools' files.
+"""What became of each request, whoever sent it: the same record from a run on a cluster, from the simulator, from other tools' files.
 
 Times are seconds from the start of the run on the sender's clock, None where a request did not come so far. Every latency counts from
 `at_s`, when the schedule wanted the request sent, not from when it was: a sender that cannot keep up hides nothing.
 """
 
 import enum
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
-from loadtest.files import open_text, read_rows
+from loadtest.files import BadInput, open_text, read_rows
 
 
 class Outcome(enum.StrEnum):
@@ -122,4 +123,12 @@ def save_records(records: Iterable[RequestRecord], path: Path) -> None:
 def load_records(path: Path) -> list[RequestRecord]:
     """Reads what save_records() wrote. Raises BadInput for anything else."""
     with open_text(path, "r") as file:
-        return list(read_rows(file, RequestRecord, path))
+        try:
+            records = list(read_rows(file, RequestRecord, path))
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            raise BadInput(f"{path} cannot be read to its end: {error}") from None
+    for number, record in enumerate(records, 1):
+        for field in ("input_tokens", "planned_tokens", "output_tokens", "cached_tokens", "kv_bytes"):
+            if (getattr(record, field) or 0) < 0:
+                raise BadInput(f"{path}, request {number}: {field} is {getattr(record, field)}; it must be at least 0")
+    return records

@@ -1,4 +1,4 @@
-"""A run's result as one JSON file: what was asked, of whom, what came of it, and whether it can be trusted. Versioned: readers check `format`.
+"""A run's result as one JSON file: what was asked, of whom, what came of it, whether it can be trusted. Versioned: readers check `format`.
 
 The records of the requests lie beside it (`records`), since a report needs them and a dashboard does not.
 """
@@ -17,6 +17,7 @@ from loadtest.ceilings import Ceilings
 from loadtest.files import BadInput
 from loadtest.records import Objective, RequestRecord, load_records, save_records
 from loadtest.summary import Summary
+from loadtest.verdict import Verdict as Verdict  # its name belongs to the format
 
 FORMAT = "baton.loadtest/1"
 
@@ -45,13 +46,6 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     blocks_per_worker: int | None = None
     block_size: int | None = None
     block_bytes: int | None = None
-
-
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether the figures may be believed, and why not."""
-
-    valid: bool
-    problems: tuple[str, ...] = ()
 
 
 class FaultMark(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +101,7 @@ def load_result(path: Path) -> tuple[Result, list[RequestRecord]]:
         result = msgspec.json.decode(data, type=Result)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: {error}") from None
     return result, load_records(path.parent / result.records) if result.records else []
 
