@@ -8,6 +8,7 @@ Requests pass one after another, with no time between: no queue, no two at once.
 least one token of a prompt is computed. A ratio is of tokens: reused ÷ input, over all requests.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,15 @@ def pooled_reuse(schedule: Schedule, pool_blocks: Sequence[int]) -> float:
     for index, request in enumerate(schedule.requests):
         reused += schedule.block_size * _pass_through(pools[index % len(pools)], request, schedule.block_size)
     return _ratio(reused, schedule.requests)
+
+
+def shared_tokens(schedule: Schedule) -> list[int]:
+    """Of each prompt how many leading tokens another one has too: more than that no cache that was empty can have, whoever came first."""
+    counts: Counter[int] = Counter()
+    for request in schedule.requests:
+        counts.update(request.block_ids())
+    several = {block_id for block_id, count in counts.items() if count > 1}
+    return [min(request.input_tokens, schedule.block_size * _leading(request.block_ids(), several)) for request in schedule.requests]
 
 
 def usable_blocks(request: PlannedRequest, block_size: int) -> int:

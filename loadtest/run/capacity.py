@@ -51,45 +51,37 @@ class Capacity:
 async def search(
     probe: Callable[[float, int], Awaitable[Probe]], *, first_rate: float, goal: float, resolution: float = RESOLUTION
 ) -> Capacity:
-    """Asks `probe(rate, seed)` as often as it takes, MOST_PROBES times at most."""
+    """Asks `probe(rate, seed)` as often as it takes, MOST_PROBES times at most: an interval that wide is the answer then."""
     probes: list[Probe] = []
-    good, bad = 0.0, float("inf")
-    rate = first_rate
+    passed: dict[float, int] = {}  # rate → seeds it passed with, of those that have not failed since
+    bad = float("inf")
+
+    async def ask(rate: float, num_seeds: int) -> bool:
+        for seed in range(passed.get(rate, 0), num_seeds):
+            if len(probes) == MOST_PROBES:
+                return True  # as far as is known
+            found = await probe(rate, seed)
+            probes.append(found)
+            if not found.passes(goal):
+                passed.pop(rate, None)
+                return False
+            passed[rate] = seed + 1
+        return True
+
     while len(probes) < MOST_PROBES:
-        is_close = bad < float("inf") and bad <= good * resolution
-        if is_close:
-            break
-        if await _passes(probe, rate, goal, probes, num_seeds=1 if bad == float("inf") else SEEDS):
-            good = rate
-        else:
-            bad = rate
+        good = max((rate for rate in passed if rate < bad), default=0.0)
         if bad == float("inf"):
-            rate = 2.0 * good
+            rate, num_seeds = 2.0 * good or first_rate, 1
         elif not good:
-            rate = bad / 2.0
+            rate, num_seeds = bad / 2.0, 1
+        elif passed[good] < SEEDS:
+            rate, num_seeds = good, SEEDS  # on the way up one seed was enough
+        elif bad > good * resolution:
+            rate, num_seeds = (good * bad) ** 0.5, SEEDS
         else:
-            rate = (good * bad) ** 0.5
-    # What passed with one seed on the way up has to pass with all of them.
-    num_seeds_at_good = sum(1 for one in probes if one.rate == good)
-    if good and num_seeds_at_good < SEEDS and not await _passes(probe, good, goal, probes, num_seeds=SEEDS, first_seed=num_seeds_at_good):
-        passed = [one.rate for one in probes if one.rate < good and one.passes(goal)]
-        bad, good = good, max(passed, default=0.0)
+            break
+        if not await ask(rate, num_seeds):
+            bad = rate
+    needed = 1 if bad == float("inf") else SEEDS
+    good = max((rate for rate, num_seeds in passed.items() if rate < bad and num_seeds >= needed), default=0.0)
     return Capacity(rate=good, fails_at=None if bad == float("inf") else bad, goal=goal, probes=tuple(probes))
-
-
-async def _passes(
-    probe: Callable[[float, int], Awaitable[Probe]],
-    rate: float,
-    goal: float,
-    probes: list[Probe],
-    *,
-    num_seeds: int,
-    first_seed: int = 0,
-) -> bool:
-    """Whether all seeds pass; the first one that does not is enough to know."""
-    for seed in range(first_seed, num_seeds):
-        found = await probe(rate, seed)
-        probes.append(found)
-        if not found.passes(goal):
-            return False
-    return True

@@ -23,7 +23,7 @@ def test_search_when_the_capacity_is_sharp_brackets_it(capacity: float) -> None:
     found = find(lambda rate, _: 1.0 if rate <= capacity else 0.5)
     assert found.fails_at is not None
     assert found.rate <= capacity < found.fails_at <= found.rate * RESOLUTION
-    assert len(found.probes) <= MOST_PROBES + SEEDS
+    assert len(found.probes) <= MOST_PROBES
 
 
 def test_search_when_one_seed_fails_does_not_count_the_rate() -> None:
