@@ -149,11 +149,22 @@ class PrefillTiming:
     queue_s     from when it could be computed here to the start of its first chunk
     prefill_s   from there to its first token
     model_s     inside the model: of each step the share that its tokens had in the batch
+    sampled_at  when it had the first token, on the engine's clock: time.perf_counter()
     """
 
     queue_s: float
     prefill_s: float
     model_s: float
+    sampled_at: float
+
+    @property
+    def began_at(self) -> float:
+        """When its first chunk did."""
+        return self.sampled_at - self.prefill_s
+
+    @property
+    def queued_at(self) -> float:
+        return self.began_at - self.queue_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

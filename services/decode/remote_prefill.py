@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import grpc
 
 from protos.baton.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
+from services.core.clock import unix_s
 from services.core.errors import InvalidRequest, PeerUnavailable
 from services.core.types import SampledToken
 from services.mesh import convert, failpoints, status
@@ -65,16 +66,24 @@ class PrefillClient:
             await kept.channel.close()
 
     async def run(
-        self, start: decode_pb2.Start, candidate: decode_pb2.PrefillCandidate, block_ids: Sequence[int], *, first_block: int
+        self,
+        start: decode_pb2.Start,
+        candidate: decode_pb2.PrefillCandidate,
+        block_ids: Sequence[int],
+        *,
+        first_block: int,
+        ready_at: float,
     ) -> PrefillOutcome:
         """Has the prompt of `start` computed; block i of it goes to block_ids[i - first_block].
+
+        ready_at   time.perf_counter() since when it could be asked: the way there counts from then
 
         Raises PrefillFailed from an error of the tree, or from CancelledError, when it was cancelled: either way nothing of it runs on,
         except for a sender that could not be fenced.
         """
         transfer = self._receiver.grant(block_ids, first_block)
         try:
-            outcome = await self._call(start, candidate, transfer, block_ids, first_block)
+            outcome = await self._call(start, candidate, transfer, block_ids, first_block, ready_at)
         except BaseException as error:
             fenced, cancel = await _fence(transfer)
             unfenced = None if fenced else transfer
@@ -88,6 +97,7 @@ class PrefillClient:
         transfer: IncomingTransfer,
         block_ids: Sequence[int],
         first_block: int,
+        ready_at: float,
     ) -> PrefillOutcome:
         request = prefill_pb2.PrefillRequest(
             request_id=start.request_id,
@@ -104,6 +114,7 @@ class PrefillClient:
             ),
             trace_context=start.trace_context,
             prompt_length=start.prompt_length,
+            sent_unix_s=unix_s(ready_at),
         )
         accepted = prefill_pb2.PrefillAccepted()
         done: prefill_pb2.PrefillDone | None = None
@@ -136,6 +147,7 @@ class PrefillClient:
                     await landing
             except TimeoutError:
                 raise PeerUnavailable(f"{candidate.worker_id}: KV blocks did not land within {SILENCE_S} s of being sent") from None
+            landed_at = time.perf_counter()
             first_tokens = tuple(_sampled_token(token) for token in done.first_tokens)
             await failpoints.reach("decode.landed", start.request_id)
         except grpc.aio.AioRpcError as error:
@@ -149,15 +161,18 @@ class PrefillClient:
             if landing.done() and not landing.cancelled():
                 landing.exception()  # when call and connection break together, the call's error is the one that is told
             await self._close_idle()
-        landed_s = time.perf_counter() - done_at
+        landed_s = landed_at - done_at
         return PrefillOutcome(
             first_tokens=first_tokens,
             facts=decode_pb2.Prefilled(
                 prefill_worker_id=candidate.worker_id,
+                to_prefill_s=done.to_prefill_s,
                 prefill_queue_s=done.queue_s,
                 prefill_s=done.prefill_s,
                 model_s=done.model_s,
                 transfer_tail_s=done.since_first_token_s + landed_s,
+                prefill_return_s=unix_s(done_at) - done.sent_unix_s,
+                first_token_unix_s=unix_s(landed_at),
                 transfer_s=done.transfer_s + landed_s,
                 prefill_cached_tokens=done.cached_tokens,
                 kv_transport=accepted.kv_transport,

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from protos.baton.v1 import decode_pb2
+from services.core.clock import unix_s
 from services.core.errors import BatonError, DeadlineExceeded, Draining, InvalidRequest, PeerUnavailable, ResourceExhausted
 from services.core.types import TokenEvent
 from services.decode.frames import FrameBuilder
@@ -45,6 +46,13 @@ class RunningRequest:
     deadline: asyncio.TimerHandle | None = None
     prefilling: asyncio.Task[None] | None = None  # while a peer computes the prompt, and until it is fenced
     prefilled: decode_pb2.Prefilled = field(default_factory=decode_pb2.Prefilled)
+    ready_at: float = 0.0  # time.perf_counter() since when the prompt could be computed, by the next one to try
+
+    def note_failed_prefill(self) -> None:
+        """Somebody else has to compute the prompt."""
+        now = time.perf_counter()
+        self.prefilled.prefill_retry_s += now - self.ready_at
+        self.ready_at = now
 
 
 class RouterSession:
@@ -219,14 +227,17 @@ class RouterSession:
             return  # dropped a moment ago
         failpoints.hit("decode.mid_decode", request.start.request_id)
         if event.prefill is not None:
-            facts = request.prefilled
+            facts, timing = request.prefilled, event.prefill
             facts.decode_cached_tokens = event.cached_tokens
-            facts.model_s = event.prefill.model_s
-            facts.prefill_s = event.prefill.prefill_s
+            facts.model_s = timing.model_s
+            facts.prefill_s = timing.prefill_s
+            facts.first_token_unix_s = unix_s(timing.sampled_at)
             if request.start.candidates:
-                facts.prefill_queue_s = event.prefill.queue_s  # after the wait for its place, which Reserved has told
+                # After the wait for its place, which Reserved has told; from there by way of this loop and back to the engine.
+                facts.prefill_queue_s = timing.began_at - request.ready_at
             else:
-                facts.decode_queue_s = event.prefill.queue_s
+                facts.to_decode_s = unix_s(timing.queued_at) - request.start.sent_unix_s
+                facts.decode_queue_s = timing.queue_s
             self._frame.add_prefilled(facts)
         self._frame.add_token(request.start.handle + event.choice, event)
         if event.finish_reason is not None:
@@ -240,6 +251,8 @@ class RouterSession:
         if request is None or self._ended or self._is_cut_off:
             return  # dropped a moment ago, or about to be; its abort is on the way to the engine
         failpoints.hit("decode.reserved", request.start.request_id)
+        request.ready_at = event.reserved_at
+        request.prefilled.to_decode_s = unix_s(event.reserved_at - event.queue_s) - request.start.sent_unix_s
         request.prefilled.decode_queue_s = event.queue_s
         request.prefilled.decode_cached_tokens = event.num_cached_tokens
         if request.num_tokens - event.num_cached_tokens <= request.start.local_prefill_tokens:
@@ -262,8 +275,11 @@ class RouterSession:
                 break  # all blocks came, and no first token
             request.prefilled.prefill_attempts = attempt
             try:
-                outcome = await self._prefill.run(request.start, candidate, reserved.block_ids[first_block:], first_block=first_block)
+                outcome = await self._prefill.run(
+                    request.start, candidate, reserved.block_ids[first_block:], first_block=first_block, ready_at=request.ready_at
+                )
             except PrefillFailed as failure:
+                request.note_failed_prefill()
                 cause = failure.__cause__
                 is_cancelled = isinstance(cause, asyncio.CancelledError)
                 if failure.unfenced is not None:
@@ -285,6 +301,7 @@ class RouterSession:
             try:
                 engine.landed(request.engine_id, outcome.first_tokens)
             except InvalidRequest as error:
+                request.note_failed_prefill()
                 _log.warning("%s gave a result that cannot be: %s", candidate.worker_id, error.message)
                 continue
             request.prefilling = None

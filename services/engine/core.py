@@ -277,12 +277,14 @@ class EngineCore:
         for sequence in self.scheduler.admitted:
             if sequence.purpose is Purpose.RECEIVE:
                 assert sequence.watch is not None
+                now = self._clock()
                 events.append(
                     Reserved(
                         request_id=sequence.request_id,
                         block_ids=tuple(sequence.block_ids),
                         num_cached_tokens=sequence.num_computed,
-                        queue_s=self._clock() - sequence.watch.queued_at,
+                        queue_s=now - sequence.watch.queued_at,
+                        reserved_at=now,
                     )
                 )
             elif sequence.purpose is Purpose.PREFILL and sequence.num_computed:

@@ -34,12 +34,14 @@ class Reserved:
 
     num_cached_tokens   whole blocks that hold their content already; others share them, so nobody may write there
     queue_s             from submission to this
+    reserved_at         when this was, on the engine's clock: time.perf_counter()
     """
 
     request_id: str
     block_ids: tuple[int, ...]
     num_cached_tokens: int
     queue_s: float
+    reserved_at: float
 
 
 Event = TokenEvent | PrefillProgress | Reserved | EngineStopped

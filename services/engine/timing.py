@@ -19,4 +19,9 @@ class PrefillWatch:
 
     def timing(self, sampled_at: float) -> PrefillTiming:
         assert self._started_at is not None
-        return PrefillTiming(queue_s=self._started_at - self.queued_at, prefill_s=sampled_at - self._started_at, model_s=self._model_s)
+        return PrefillTiming(
+            queue_s=self._started_at - self.queued_at,
+            prefill_s=sampled_at - self._started_at,
+            model_s=self._model_s,
+            sampled_at=sampled_at,
+        )

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from protos.baton.v1 import prefill_pb2, prefill_pb2_grpc
+from services.core.clock import unix_s
 from services.core.errors import Draining, Incompatible, InvalidRequest
 from services.engine.events import PrefillProgress
 from services.engine.sequence import EngineRequest
@@ -76,13 +77,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         first_sent_at: float | None = None
         async for progress in steps:
             await failpoints.reach("prefill.mid_prefill", request.request_id)
-            computed_at = time.perf_counter()
+            heard_at = time.perf_counter()
             is_last = progress.first_tokens is not None
             end = len(progress.block_ids) if is_last else progress.num_computed_tokens // self._worker.block_size
             fresh = [(index - first_block, progress.block_ids[index]) for index in range(next_block, end)]
             next_block = max(next_block, end)
             if fresh and first_sent_at is None:
-                first_sent_at = computed_at
+                first_sent_at = heard_at
             for block in await transfer.send(fresh):
                 yield prefill_pb2.PrefillEvent(block=prefill_pb2.KVBlock(index=block.index, data=block.data, checksum=block.checksum))
             self._worker.kv_bytes_sent += len(fresh) * self._worker.identity.block_bytes
@@ -90,13 +91,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             if is_last:
                 await transfer.finish()
                 assert first_sent_at is not None
-                now = time.perf_counter()
-                yield _done(
-                    progress,
-                    blocks_sent=next_block - first_block,
-                    since_first_token_s=now - computed_at,
-                    transfer_s=now - first_sent_at,
-                )
+                yield _done(progress, request, blocks_sent=next_block - first_block, first_sent_at=first_sent_at)
                 return
             yield self._progress(progress.num_computed_tokens)
 
@@ -135,23 +130,28 @@ def _granted_blocks(grant: prefill_pb2.KVGrant, *, num_blocks: int) -> list[int]
     return block_ids
 
 
-def _done(progress: PrefillProgress, *, blocks_sent: int, since_first_token_s: float, transfer_s: float) -> prefill_pb2.PrefillEvent:
-    assert progress.first_tokens is not None
-    assert progress.timing is not None
+def _done(
+    progress: PrefillProgress, request: prefill_pb2.PrefillRequest, *, blocks_sent: int, first_sent_at: float
+) -> prefill_pb2.PrefillEvent:
+    first_tokens, timing = progress.first_tokens, progress.timing
+    assert first_tokens is not None and timing is not None
+    now = time.perf_counter()
     return prefill_pb2.PrefillEvent(
         done=prefill_pb2.PrefillDone(
             first_tokens=[
                 prefill_pb2.FirstToken(
                     token_id=token.token_id, logprobs=None if token.logprobs is None else convert.logprobs_to_proto(token.logprobs)
                 )
-                for token in progress.first_tokens
+                for token in first_tokens
             ],
             cached_tokens=progress.cached_tokens,
             blocks_sent=blocks_sent,
-            transfer_s=transfer_s,
-            queue_s=progress.timing.queue_s,
-            prefill_s=progress.timing.prefill_s,
-            model_s=progress.timing.model_s,
-            since_first_token_s=since_first_token_s,
+            transfer_s=now - first_sent_at,
+            to_prefill_s=unix_s(timing.queued_at) - request.sent_unix_s,
+            queue_s=timing.queue_s,
+            prefill_s=timing.prefill_s,
+            model_s=timing.model_s,
+            since_first_token_s=now - timing.sampled_at,
+            sent_unix_s=unix_s(now),
         )
     )

@@ -98,11 +98,13 @@ class Generator:
                                 if stream.prompt_logprobs is not None and not run.prompt_logprobs_told:
                                     run.prompt_logprobs_told = True
                                     yield PromptLogprobs(stream.prompt_logprobs)
+                                run.stages.shown()
                             for arrival in arrivals:
                                 if (delta := run.take(arrival)) is not None:
                                     self.statistics.output_tokens += len(delta.token_ids)
                                     yield delta
                 except WORKER_FAILURES as failure:
+                    run.stages.failed()
                     run.failures.note(route.decode_worker_id, failure, num_tokens=run.completion_tokens)
                     _log.warning(
                         "attempt %d on %s failed after %d tokens: %s",
@@ -162,7 +164,7 @@ class Generator:
 
     def _route(self, run: Run, fleet: Fleet) -> Route:
         """Chooses workers by the prefixes they hold and the load they have; see policy."""
-        started = time.perf_counter()
+        run.stages.routing()
         remaining_s = run.remaining_s()
         index = self._replica.index
         # Scoring a prompt takes all its logits, so that nothing of it is of use in a cache, and they are made where it goes on.
@@ -183,7 +185,6 @@ class Generator:
         )
         if not run.attempts:  # what has been accepted is finished
             self._admission.check(route, remaining_s=remaining_s)
-        run.route_s += time.perf_counter() - started
         return route
 
     @contextlib.contextmanager
@@ -208,8 +209,6 @@ class Generator:
         stream = RequestStream(run.next_positions(), on_slow_reader=give_up)
         try:
             session = self._members.session(route.decode_worker_id)
-            if run.first_token_at is None:
-                run.sent_at = time.perf_counter()
             first, *rest = run.parts()
             started = session
             started.start(self._start(run, first, route), stream, first.choices)
@@ -248,11 +247,13 @@ class Generator:
             candidates=candidates,
             local_prefill_tokens=route.local_prefill_tokens,
             trace_context=run.request.trace_context,
+            sent_unix_s=run.stages.sent(),
         )
 
     def _first_token(self, run: Run, fleet: Fleet, item: InFlight, route: Route, stream: RequestStream) -> None:
         """The first token of an attempt: teaches the cost model, and the replica where it was wrong; counts."""
         facts = stream.prefilled or decode_pb2.Prefilled()
+        run.stages.token(facts)
         is_remote = bool(facts.prefill_worker_id)
         cached_tokens = facts.prefill_cached_tokens if is_remote else facts.decode_cached_tokens
         outcome = PrefillOutcome(
@@ -271,11 +272,10 @@ class Generator:
         statistics.prompt_tokens += route.prompt_tokens
         statistics.cached_tokens += cached_tokens
         statistics.kv_bytes += facts.kv_bytes
-        if run.first_token_at is None:
-            run.first_token_at = time.perf_counter()
+        if run.route is None:
             run.prefilled, run.route = facts, route
             self._admission.note_first_token(route, time.monotonic() - item.dispatched_s)
-            statistics.ttft.add(run.first_token_at - run.request.received_at)
+            statistics.ttft.add(time.perf_counter() - run.request.received_at)
         self._correct(run, route.decode_worker_id, route.decode_cached_tokens, facts.decode_cached_tokens)
         predicted = dict(zip(route.prefill_worker_ids, route.prefill_cached_tokens, strict=True))
         if facts.prefill_worker_id in predicted:

@@ -18,6 +18,7 @@ from services.router.choice import ChoiceText, check_stops
 from services.router.decode_session import Arrival
 from services.router.request import Delta, GenerationRequest, Summary
 from services.router.route import Route
+from services.router.stages import Stages
 from services.tokenizer.tokenizer import Tokenizer
 
 # Attempts in a row that bring nothing. A request on which workers die should not be handed to all of them.
@@ -58,9 +59,7 @@ class Run:
         self.route: Route | None = None
         self.decode_worker_id = ""
         self.attempts = 0
-        self.route_s = 0.0
-        self.sent_at = 0.0
-        self.first_token_at: float | None = None
+        self.stages = Stages(received_at=request.received_at, tokenize_s=request.tokenize_s)
         self.prefilled = decode_pb2.Prefilled()
         self.completion_tokens = 0
         self.prompt_logprobs_told = False
@@ -139,13 +138,13 @@ class Run:
         self._outputs[choice] += token_ids
         if finish_reason is not None:
             self._open_choices.discard(choice)
+            if not self._open_choices:
+                self.stages.finished()
         return Delta(choice, text, token_ids[:num_tokens], logprobs[:num_tokens], finish_reason)
 
     def summary(self) -> Summary:
-        now = time.perf_counter()
         request, facts, route = self.request, self.prefilled, self.route
         assert route is not None
-        first_token_at = self.first_token_at or now
         predicted = route.decode_cached_tokens if route.is_local else route.prefill_cached_tokens[0]
         timing = inference_pb2.RequestTiming(
             request_id=request.request_id,
@@ -154,17 +153,8 @@ class Run:
             prefill_worker_id=facts.prefill_worker_id,
             route_reason=route.explain(),
             seed=self.sampling.seed,
-            tokenize_s=request.tokenize_s,
-            route_s=self.route_s,
-            decode_queue_s=facts.decode_queue_s,
-            prefill_queue_s=facts.prefill_queue_s,
-            prefill_s=facts.prefill_s,
             model_s=facts.model_s,
-            transfer_tail_s=facts.transfer_tail_s,
             transfer_s=facts.transfer_s,
-            route_to_first_token_s=first_token_at - self.sent_at,
-            ttft_s=first_token_at - request.received_at,
-            total_s=now - request.received_at,
             decode_cached_tokens=facts.decode_cached_tokens,
             prefill_cached_tokens=facts.prefill_cached_tokens,
             predicted_cached_tokens=predicted,
@@ -173,8 +163,10 @@ class Run:
             kv_blocks=facts.kv_blocks,
             kv_bytes=facts.kv_bytes,
             attempts=self.attempts,
+            prefill_attempts=facts.prefill_attempts,
         )
         cached_tokens = facts.prefill_cached_tokens if facts.prefill_worker_id else facts.decode_cached_tokens
+        self.stages.fill(timing, facts)
         return Summary(
             prompt_tokens=self.prompt_tokens, completion_tokens=self.completion_tokens, cached_tokens=cached_tokens, timing=timing
         )

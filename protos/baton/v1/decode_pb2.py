@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.baton.v1 import common_pb2 as protos_dot_baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/baton/v1/decode.proto\x12\x08\x62\x61ton.v1\x1a\x1cprotos/baton/v1/common.proto\"\xb1\x01\n\x0eSessionCommand\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.baton.v1.SessionHelloH\x00\x12 \n\x05start\x18\x02 \x01(\x0b\x32\x0f.baton.v1.StartH\x00\x12\"\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x12(\n\theartbeat\x18\x04 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x42\x06\n\x04kind\"\x0b\n\tHeartbeat\"!\n\x0cSessionHello\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\x8c\x03\n\x05Start\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0bremaining_s\x18\x04 \x01(\x01\x12%\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.baton.v1.TokenIds\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\nprefix_key\x18\x07 \x01(\x0c\x12.\n\ncandidates\x18\x08 \x03(\x0b\x32\x1a.baton.v1.PrefillCandidate\x12\x1c\n\x14local_prefill_tokens\x18\t \x01(\r\x12\x38\n\rtrace_context\x18\n \x03(\x0b\x32!.baton.v1.Start.TraceContextEntry\x12\x15\n\rprompt_length\x18\x0b \x01(\r\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"6\n\x10PrefillCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06handle\x18\x01 \x01(\r\"\xb8\x02\n\tStepFrame\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x11\n\tpositions\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.baton.v1.EntryLogprobs\x12!\n\x07\x65ndings\x18\x05 \x03(\x0b\x32\x10.baton.v1.Ending\x12&\n\tprefilled\x18\x06 \x03(\x0b\x32\x13.baton.v1.Prefilled\x12\"\n\x04load\x18\x07 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\x12\'\n\x05hello\x18\x08 \x01(\x0b\x32\x18.baton.v1.SessionWelcome\x12\x31\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x18.baton.v1.PromptLogprobs\"s\n\x0eSessionWelcome\x12\"\n\x06worker\x18\x01 \x01(\x0b\x32\x12.baton.v1.WorkerId\x12&\n\x05model\x18\x02 \x01(\x0b\x32\x17.baton.v1.ModelIdentity\x12\x15\n\rkv_transports\x18\x03 \x03(\t\"I\n\rEntryLogprobs\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12)\n\x08logprobs\x18\x02 \x01(\x0b\x32\x17.baton.v1.TokenLogprobs\"n\n\x0ePromptLogprobs\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0e\n\x06\x63hosen\x18\x02 \x01(\x0c\x12\x0f\n\x07num_top\x18\x03 \x01(\r\x12\x15\n\rtop_token_ids\x18\x04 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x05 \x01(\x0c\"g\n\x06\x45nding\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0f.baton.v1.Error\"\xca\x02\n\tPrefilled\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x19\n\x11prefill_worker_id\x18\x02 \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_queue_s\x18\x03 \x01(\x01\x12\x17\n\x0fprefill_queue_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x0f\n\x07model_s\x18\x06 \x01(\x01\x12\x17\n\x0ftransfer_tail_s\x18\x07 \x01(\x01\x12\x12\n\ntransfer_s\x18\x08 \x01(\x01\x12\x1c\n\x14\x64\x65\x63ode_cached_tokens\x18\t \x01(\r\x12\x1d\n\x15prefill_cached_tokens\x18\n \x01(\r\x12\x14\n\x0ckv_transport\x18\x0b \x01(\t\x12\x11\n\tkv_blocks\x18\x0c \x01(\r\x12\x10\n\x08kv_bytes\x18\r \x01(\x04\x12\x18\n\x10prefill_attempts\x18\x0e \x01(\r2M\n\rDecodeService\x12<\n\x07Session\x12\x18.baton.v1.SessionCommand\x1a\x13.baton.v1.StepFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/baton/v1/decode.proto\x12\x08\x62\x61ton.v1\x1a\x1cprotos/baton/v1/common.proto\"\xb1\x01\n\x0eSessionCommand\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.baton.v1.SessionHelloH\x00\x12 \n\x05start\x18\x02 \x01(\x0b\x32\x0f.baton.v1.StartH\x00\x12\"\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x12(\n\theartbeat\x18\x04 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x42\x06\n\x04kind\"\x0b\n\tHeartbeat\"!\n\x0cSessionHello\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\xa1\x03\n\x05Start\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0bremaining_s\x18\x04 \x01(\x01\x12%\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.baton.v1.TokenIds\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\nprefix_key\x18\x07 \x01(\x0c\x12.\n\ncandidates\x18\x08 \x03(\x0b\x32\x1a.baton.v1.PrefillCandidate\x12\x1c\n\x14local_prefill_tokens\x18\t \x01(\r\x12\x38\n\rtrace_context\x18\n \x03(\x0b\x32!.baton.v1.Start.TraceContextEntry\x12\x15\n\rprompt_length\x18\x0b \x01(\r\x12\x13\n\x0bsent_unix_s\x18\x0c \x01(\x01\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"6\n\x10PrefillCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06handle\x18\x01 \x01(\r\"\xb8\x02\n\tStepFrame\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x11\n\tpositions\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.baton.v1.EntryLogprobs\x12!\n\x07\x65ndings\x18\x05 \x03(\x0b\x32\x10.baton.v1.Ending\x12&\n\tprefilled\x18\x06 \x03(\x0b\x32\x13.baton.v1.Prefilled\x12\"\n\x04load\x18\x07 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\x12\'\n\x05hello\x18\x08 \x01(\x0b\x32\x18.baton.v1.SessionWelcome\x12\x31\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x18.baton.v1.PromptLogprobs\"s\n\x0eSessionWelcome\x12\"\n\x06worker\x18\x01 \x01(\x0b\x32\x12.baton.v1.WorkerId\x12&\n\x05model\x18\x02 \x01(\x0b\x32\x17.baton.v1.ModelIdentity\x12\x15\n\rkv_transports\x18\x03 \x03(\t\"I\n\rEntryLogprobs\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12)\n\x08logprobs\x18\x02 \x01(\x0b\x32\x17.baton.v1.TokenLogprobs\"n\n\x0ePromptLogprobs\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0e\n\x06\x63hosen\x18\x02 \x01(\x0c\x12\x0f\n\x07num_top\x18\x03 \x01(\r\x12\x15\n\rtop_token_ids\x18\x04 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x05 \x01(\x0c\"g\n\x06\x45nding\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0f.baton.v1.Error\"\xc4\x03\n\tPrefilled\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x19\n\x11prefill_worker_id\x18\x02 \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_queue_s\x18\x03 \x01(\x01\x12\x17\n\x0fprefill_queue_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x0f\n\x07model_s\x18\x06 \x01(\x01\x12\x17\n\x0ftransfer_tail_s\x18\x07 \x01(\x01\x12\x12\n\ntransfer_s\x18\x08 \x01(\x01\x12\x1c\n\x14\x64\x65\x63ode_cached_tokens\x18\t \x01(\r\x12\x1d\n\x15prefill_cached_tokens\x18\n \x01(\r\x12\x14\n\x0ckv_transport\x18\x0b \x01(\t\x12\x11\n\tkv_blocks\x18\x0c \x01(\r\x12\x10\n\x08kv_bytes\x18\r \x01(\x04\x12\x18\n\x10prefill_attempts\x18\x0e \x01(\r\x12\x13\n\x0bto_decode_s\x18\x0f \x01(\x01\x12\x17\n\x0fprefill_retry_s\x18\x10 \x01(\x01\x12\x14\n\x0cto_prefill_s\x18\x11 \x01(\x01\x12\x18\n\x10prefill_return_s\x18\x12 \x01(\x01\x12\x1a\n\x12\x66irst_token_unix_s\x18\x13 \x01(\x01\x32M\n\rDecodeService\x12<\n\x07Session\x12\x18.baton.v1.SessionCommand\x1a\x13.baton.v1.StepFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,25 +41,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONHELLO']._serialized_start=265
   _globals['_SESSIONHELLO']._serialized_end=298
   _globals['_START']._serialized_start=301
-  _globals['_START']._serialized_end=697
-  _globals['_START_TRACECONTEXTENTRY']._serialized_start=646
-  _globals['_START_TRACECONTEXTENTRY']._serialized_end=697
-  _globals['_PREFILLCANDIDATE']._serialized_start=699
-  _globals['_PREFILLCANDIDATE']._serialized_end=753
-  _globals['_CANCEL']._serialized_start=755
-  _globals['_CANCEL']._serialized_end=779
-  _globals['_STEPFRAME']._serialized_start=782
-  _globals['_STEPFRAME']._serialized_end=1094
-  _globals['_SESSIONWELCOME']._serialized_start=1096
-  _globals['_SESSIONWELCOME']._serialized_end=1211
-  _globals['_ENTRYLOGPROBS']._serialized_start=1213
-  _globals['_ENTRYLOGPROBS']._serialized_end=1286
-  _globals['_PROMPTLOGPROBS']._serialized_start=1288
-  _globals['_PROMPTLOGPROBS']._serialized_end=1398
-  _globals['_ENDING']._serialized_start=1400
-  _globals['_ENDING']._serialized_end=1503
-  _globals['_PREFILLED']._serialized_start=1506
-  _globals['_PREFILLED']._serialized_end=1836
-  _globals['_DECODESERVICE']._serialized_start=1838
-  _globals['_DECODESERVICE']._serialized_end=1915
+  _globals['_START']._serialized_end=718
+  _globals['_START_TRACECONTEXTENTRY']._serialized_start=667
+  _globals['_START_TRACECONTEXTENTRY']._serialized_end=718
+  _globals['_PREFILLCANDIDATE']._serialized_start=720
+  _globals['_PREFILLCANDIDATE']._serialized_end=774
+  _globals['_CANCEL']._serialized_start=776
+  _globals['_CANCEL']._serialized_end=800
+  _globals['_STEPFRAME']._serialized_start=803
+  _globals['_STEPFRAME']._serialized_end=1115
+  _globals['_SESSIONWELCOME']._serialized_start=1117
+  _globals['_SESSIONWELCOME']._serialized_end=1232
+  _globals['_ENTRYLOGPROBS']._serialized_start=1234
+  _globals['_ENTRYLOGPROBS']._serialized_end=1307
+  _globals['_PROMPTLOGPROBS']._serialized_start=1309
+  _globals['_PROMPTLOGPROBS']._serialized_end=1419
+  _globals['_ENDING']._serialized_start=1421
+  _globals['_ENDING']._serialized_end=1524
+  _globals['_PREFILLED']._serialized_start=1527
+  _globals['_PREFILLED']._serialized_end=1979
+  _globals['_DECODESERVICE']._serialized_start=1981
+  _globals['_DECODESERVICE']._serialized_end=2058
 # @@protoc_insertion_point(module_scope)

@@ -30,7 +30,7 @@ class SessionHello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("handle", "request_id", "attempt", "remaining_s", "token_ids", "sampling", "prefix_key", "candidates", "local_prefill_tokens", "trace_context", "prompt_length")
+    __slots__ = ("handle", "request_id", "attempt", "remaining_s", "token_ids", "sampling", "prefix_key", "candidates", "local_prefill_tokens", "trace_context", "prompt_length", "sent_unix_s")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class Start(_message.Message):
     LOCAL_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    SENT_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     attempt: int
@@ -60,7 +61,8 @@ class Start(_message.Message):
     local_prefill_tokens: int
     trace_context: _containers.ScalarMap[str, str]
     prompt_length: int
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., remaining_s: _Optional[float] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefix_key: _Optional[bytes] = ..., candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping]]] = ..., local_prefill_tokens: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., prompt_length: _Optional[int] = ...) -> None: ...
+    sent_unix_s: float
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., remaining_s: _Optional[float] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefix_key: _Optional[bytes] = ..., candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping]]] = ..., local_prefill_tokens: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., prompt_length: _Optional[int] = ..., sent_unix_s: _Optional[float] = ...) -> None: ...
 
 class PrefillCandidate(_message.Message):
     __slots__ = ("worker_id", "address")
@@ -141,7 +143,7 @@ class Ending(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ...) -> None: ...
 
 class Prefilled(_message.Message):
-    __slots__ = ("handle", "prefill_worker_id", "decode_queue_s", "prefill_queue_s", "prefill_s", "model_s", "transfer_tail_s", "transfer_s", "decode_cached_tokens", "prefill_cached_tokens", "kv_transport", "kv_blocks", "kv_bytes", "prefill_attempts")
+    __slots__ = ("handle", "prefill_worker_id", "decode_queue_s", "prefill_queue_s", "prefill_s", "model_s", "transfer_tail_s", "transfer_s", "decode_cached_tokens", "prefill_cached_tokens", "kv_transport", "kv_blocks", "kv_bytes", "prefill_attempts", "to_decode_s", "prefill_retry_s", "to_prefill_s", "prefill_return_s", "first_token_unix_s")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     DECODE_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +158,11 @@ class Prefilled(_message.Message):
     KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    TO_DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_RETRY_S_FIELD_NUMBER: _ClassVar[int]
+    TO_PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_RETURN_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     handle: int
     prefill_worker_id: str
     decode_queue_s: float
@@ -170,4 +177,9 @@ class Prefilled(_message.Message):
     kv_blocks: int
     kv_bytes: int
     prefill_attempts: int
-    def __init__(self, handle: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., decode_queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., model_s: _Optional[float] = ..., transfer_tail_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., decode_cached_tokens: _Optional[int] = ..., prefill_cached_tokens: _Optional[int] = ..., kv_transport: _Optional[str] = ..., kv_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., prefill_attempts: _Optional[int] = ...) -> None: ...
+    to_decode_s: float
+    prefill_retry_s: float
+    to_prefill_s: float
+    prefill_return_s: float
+    first_token_unix_s: float
+    def __init__(self, handle: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., decode_queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., model_s: _Optional[float] = ..., transfer_tail_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., decode_cached_tokens: _Optional[int] = ..., prefill_cached_tokens: _Optional[int] = ..., kv_transport: _Optional[str] = ..., kv_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., prefill_attempts: _Optional[int] = ..., to_decode_s: _Optional[float] = ..., prefill_retry_s: _Optional[float] = ..., to_prefill_s: _Optional[float] = ..., prefill_return_s: _Optional[float] = ..., first_token_unix_s: _Optional[float] = ...) -> None: ...

@@ -78,7 +78,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class RequestTiming(_message.Message):
-    __slots__ = ("request_id", "router_id", "decode_worker_id", "prefill_worker_id", "route_reason", "seed", "tokenize_s", "route_s", "decode_queue_s", "prefill_queue_s", "prefill_s", "transfer_tail_s", "ttft_s", "total_s", "route_to_first_token_s", "model_s", "decode_cached_tokens", "prefill_cached_tokens", "predicted_cached_tokens", "kv_transport", "kv_blocks", "kv_bytes", "transfer_s", "attempts", "predicted_ttft_s")
+    __slots__ = ("request_id", "router_id", "decode_worker_id", "prefill_worker_id", "route_reason", "seed", "tokenize_s", "route_s", "decode_queue_s", "prefill_queue_s", "prefill_s", "transfer_tail_s", "ttft_s", "total_s", "route_to_first_token_s", "model_s", "decode_cached_tokens", "prefill_cached_tokens", "predicted_cached_tokens", "kv_transport", "kv_blocks", "kv_bytes", "transfer_s", "attempts", "predicted_ttft_s", "admission_s", "retry_s", "to_decode_s", "prefill_retry_s", "to_prefill_s", "prefill_return_s", "first_token_return_s", "first_response_s", "decode_s", "decode_retry_s", "finish_s", "received_unix_s", "first_token_unix_s", "responded_unix_s", "prefill_attempts")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,21 @@ class RequestTiming(_message.Message):
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    ADMISSION_S_FIELD_NUMBER: _ClassVar[int]
+    RETRY_S_FIELD_NUMBER: _ClassVar[int]
+    TO_DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_RETRY_S_FIELD_NUMBER: _ClassVar[int]
+    TO_PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_RETURN_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_RETURN_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_RESPONSE_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_RETRY_S_FIELD_NUMBER: _ClassVar[int]
+    FINISH_S_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    RESPONDED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     router_id: str
     decode_worker_id: str
@@ -129,7 +144,22 @@ class RequestTiming(_message.Message):
     transfer_s: float
     attempts: int
     predicted_ttft_s: float
-    def __init__(self, request_id: _Optional[str] = ..., router_id: _Optional[str] = ..., decode_worker_id: _Optional[str] = ..., prefill_worker_id: _Optional[str] = ..., route_reason: _Optional[str] = ..., seed: _Optional[int] = ..., tokenize_s: _Optional[float] = ..., route_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_tail_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., route_to_first_token_s: _Optional[float] = ..., model_s: _Optional[float] = ..., decode_cached_tokens: _Optional[int] = ..., prefill_cached_tokens: _Optional[int] = ..., predicted_cached_tokens: _Optional[int] = ..., kv_transport: _Optional[str] = ..., kv_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., attempts: _Optional[int] = ..., predicted_ttft_s: _Optional[float] = ...) -> None: ...
+    admission_s: float
+    retry_s: float
+    to_decode_s: float
+    prefill_retry_s: float
+    to_prefill_s: float
+    prefill_return_s: float
+    first_token_return_s: float
+    first_response_s: float
+    decode_s: float
+    decode_retry_s: float
+    finish_s: float
+    received_unix_s: float
+    first_token_unix_s: float
+    responded_unix_s: float
+    prefill_attempts: int
+    def __init__(self, request_id: _Optional[str] = ..., router_id: _Optional[str] = ..., decode_worker_id: _Optional[str] = ..., prefill_worker_id: _Optional[str] = ..., route_reason: _Optional[str] = ..., seed: _Optional[int] = ..., tokenize_s: _Optional[float] = ..., route_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_tail_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., route_to_first_token_s: _Optional[float] = ..., model_s: _Optional[float] = ..., decode_cached_tokens: _Optional[int] = ..., prefill_cached_tokens: _Optional[int] = ..., predicted_cached_tokens: _Optional[int] = ..., kv_transport: _Optional[str] = ..., kv_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., attempts: _Optional[int] = ..., predicted_ttft_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., retry_s: _Optional[float] = ..., to_decode_s: _Optional[float] = ..., prefill_retry_s: _Optional[float] = ..., to_prefill_s: _Optional[float] = ..., prefill_return_s: _Optional[float] = ..., first_token_return_s: _Optional[float] = ..., first_response_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., decode_retry_s: _Optional[float] = ..., finish_s: _Optional[float] = ..., received_unix_s: _Optional[float] = ..., first_token_unix_s: _Optional[float] = ..., responded_unix_s: _Optional[float] = ..., prefill_attempts: _Optional[int] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "chat", "without_special_tokens")

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "token_ids", "sampling", "prefix_key", "layout_fingerprint", "grant", "trace_context", "prompt_length")
+    __slots__ = ("request_id", "attempt", "token_ids", "sampling", "prefix_key", "layout_fingerprint", "grant", "trace_context", "prompt_length", "sent_unix_s")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class PrefillRequest(_message.Message):
     GRANT_FIELD_NUMBER: _ClassVar[int]
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    SENT_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     token_ids: _common_pb2.TokenIds
@@ -34,7 +35,8 @@ class PrefillRequest(_message.Message):
     grant: KVGrant
     trace_context: _containers.ScalarMap[str, str]
     prompt_length: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefix_key: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., grant: _Optional[_Union[KVGrant, _Mapping]] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., prompt_length: _Optional[int] = ...) -> None: ...
+    sent_unix_s: float
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefix_key: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., grant: _Optional[_Union[KVGrant, _Mapping]] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., prompt_length: _Optional[int] = ..., sent_unix_s: _Optional[float] = ...) -> None: ...
 
 class KVGrant(_message.Message):
     __slots__ = ("transfer_id", "first_block", "block_ids", "endpoint")
@@ -105,7 +107,7 @@ class KVBlock(_message.Message):
     def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class PrefillDone(_message.Message):
-    __slots__ = ("first_tokens", "cached_tokens", "blocks_sent", "queue_s", "prefill_s", "model_s", "since_first_token_s", "transfer_s")
+    __slots__ = ("first_tokens", "cached_tokens", "blocks_sent", "queue_s", "prefill_s", "model_s", "since_first_token_s", "transfer_s", "to_prefill_s", "sent_unix_s")
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_SENT_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +116,8 @@ class PrefillDone(_message.Message):
     MODEL_S_FIELD_NUMBER: _ClassVar[int]
     SINCE_FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    TO_PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    SENT_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     first_tokens: _containers.RepeatedCompositeFieldContainer[FirstToken]
     cached_tokens: int
     blocks_sent: int
@@ -122,7 +126,9 @@ class PrefillDone(_message.Message):
     model_s: float
     since_first_token_s: float
     transfer_s: float
-    def __init__(self, first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., blocks_sent: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., model_s: _Optional[float] = ..., since_first_token_s: _Optional[float] = ..., transfer_s: _Optional[float] = ...) -> None: ...
+    to_prefill_s: float
+    sent_unix_s: float
+    def __init__(self, first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., blocks_sent: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., model_s: _Optional[float] = ..., since_first_token_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., to_prefill_s: _Optional[float] = ..., sent_unix_s: _Optional[float] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("token_id", "logprobs")

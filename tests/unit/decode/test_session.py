@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,13 @@ class Peers(PrefillClient):
         self.calls: list[tuple[str, int, int]] = []  # worker, first block, places
 
     async def run(
-        self, start: decode_pb2.Start, candidate: decode_pb2.PrefillCandidate, block_ids: Sequence[int], *, first_block: int
+        self,
+        start: decode_pb2.Start,
+        candidate: decode_pb2.PrefillCandidate,
+        block_ids: Sequence[int],
+        *,
+        first_block: int,
+        ready_at: float,
     ) -> PrefillOutcome:
         self.calls.append((candidate.worker_id, first_block, len(block_ids)))
         return await self.answers.pop(0)(block_ids)
@@ -257,7 +264,9 @@ def test_engine_when_it_dies_ends_the_prefill_that_a_peer_makes_for_it() -> None
     async def main() -> None:
         async with scripted(Peers(forever)) as (engine, bench):
             bench.start()
-            engine.tell([Reserved(request_id="r#1/0", block_ids=(1, 2, 3), num_cached_tokens=0, queue_s=0.0)])
+            engine.tell(
+                [Reserved(request_id="r#1/0", block_ids=(1, 2, 3), num_cached_tokens=0, queue_s=0.0, reserved_at=time.perf_counter())]
+            )
             await asyncio.sleep(0.05)
             prefilling = bench.session._by_handle[0].prefilling
             engine.tell([EngineStopped("the engine failed")])

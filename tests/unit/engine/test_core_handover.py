@@ -370,7 +370,8 @@ def test_prefill_timing_when_a_prompt_is_computed_here_comes_once_with_its_first
     core.add(make_request(n=3), arrived_at=97.0)
     clock.now = 101.0
     events = drain(core)
-    assert timings(events) == [PrefillTiming(queue_s=4.0, prefill_s=0.5, model_s=0.5)]
+    assert timings(events) == [PrefillTiming(queue_s=4.0, prefill_s=0.5, model_s=0.5, sampled_at=101.5)]
+    assert (timings(events)[0].began_at, timings(events)[0].queued_at) == (101.0, 97.0)
     assert token_events(events)[0].prefill
 
 
@@ -380,8 +381,8 @@ def test_prefill_timing_when_prompts_share_a_step_divides_the_model_s_time_by_th
     core.add(make_request("a", [1] * 15, max_tokens=1))
     core.add(make_request("b", [2] * 10, max_tokens=1))  # five of its tokens in the first step, five alone in the second
     first, second = timings(drain(core))
-    assert first == PrefillTiming(queue_s=0.0, prefill_s=0.25, model_s=0.25 * 15 / 20)
-    assert second == PrefillTiming(queue_s=0.0, prefill_s=0.5, model_s=0.25 * 5 / 20 + 0.25)
+    assert first == PrefillTiming(queue_s=0.0, prefill_s=0.25, model_s=0.25 * 15 / 20, sampled_at=100.25)
+    assert second == PrefillTiming(queue_s=0.0, prefill_s=0.5, model_s=0.25 * 5 / 20 + 0.25, sampled_at=100.5)
 
 
 def test_prefill_timing_when_a_prompt_waits_for_a_place_counts_that_as_queued(make_core: MakeCore) -> None:
@@ -399,7 +400,7 @@ def test_prefill_timing_when_a_prompt_is_computed_for_another_engine_comes_with_
     events = drain(core)
     assert [event.timing for event in events if isinstance(event, PrefillProgress)] == [
         None,
-        PrefillTiming(queue_s=0.5, prefill_s=0.5, model_s=0.5),
+        PrefillTiming(queue_s=0.5, prefill_s=0.5, model_s=0.5, sampled_at=100.5),
     ]
 
 
@@ -410,14 +411,14 @@ def test_prefill_timing_when_a_reserved_prompt_is_computed_here_after_all_begins
     core.add(make_request(), Purpose.RECEIVE, arrived_at=98.0)
     (reserved,) = drain(core)
     assert isinstance(reserved, Reserved)
-    assert reserved.queue_s == 2.0
+    assert (reserved.queue_s, reserved.reserved_at) == (2.0, 100.0)
     clock.now += 10.0
     if is_quarantined:
         core.quarantine("r")
     else:
         core.compute_here("r")
     clock.now += 1.0
-    assert timings(drain(core)) == [PrefillTiming(queue_s=1.0, prefill_s=0.5, model_s=0.5)]
+    assert timings(drain(core)) == [PrefillTiming(queue_s=1.0, prefill_s=0.5, model_s=0.5, sampled_at=111.5)]
 
 
 def test_events_when_finished_at_the_landed_token_end_there(make_core: MakeCore) -> None:

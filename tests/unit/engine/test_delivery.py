@@ -76,7 +76,7 @@ def test_deliver_when_blocks_are_reserved_remembers_them_before_the_listener_hea
     delivery = Delivery()
     seen: list[Reserved | None] = []
     opened = delivery.open(make_request("a"), lambda events: seen.append(opened.reserved))
-    reserved = Reserved(request_id="a", block_ids=(1, 2), num_cached_tokens=16, queue_s=0.0)
+    reserved = Reserved(request_id="a", block_ids=(1, 2), num_cached_tokens=16, queue_s=0.0, reserved_at=0.0)
     delivery.deliver([reserved])
     assert seen == [reserved]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from protos.baton.v1 import decode_pb2
 from services.core.errors import BatonError, Draining, EngineStopped, InvalidRequest, PeerUnavailable, QueueFull
 from services.core.noise import choice_seed
 from services.core.types import FinishReason, SamplingParams
@@ -79,6 +80,7 @@ def test_block_hashes_when_a_choice_has_grown_go_on_into_what_it_has() -> None:
 
 def test_stop_string_when_it_lies_across_two_attempts_is_found_and_nothing_of_it_shown() -> None:
     run = make_run(stop=["<2><3>"])
+    run.stages.token(decode_pb2.Prefilled())
     shown = run.take(Arrival(0, (1, 2), (), None))
     assert shown is not None and shown.text == "<1>"
     run.parts()
