@@ -81,6 +81,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     max_model_len=model.max_model_len,
                     vocab_size=model.vocab_size,
                     model_fingerprint=model.model_fingerprint,
+                    block_size=model.block_size,
+                    block_bytes=model.block_bytes,
                 )
                 for model in models
             ]
