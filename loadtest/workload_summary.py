@@ -18,7 +18,7 @@ class WorkloadSummary:
     gap_cv                   standard deviation ÷ mean of those gaps
     num_sessions             that are named; a request of none does not count
     num_tenants              likewise
-    infinite_cache_reuse     input tokens that a cache that never evicts would save ÷ all
+    infinite_cache_reuse     input tokens that a cache that never evicts would save ÷ all; None of texts, which have no blocks
     digest                   of the schedule
     """
 
@@ -32,7 +32,7 @@ class WorkloadSummary:
     output_tokens: Distribution
     num_sessions: int
     num_tenants: int
-    infinite_cache_reuse: float
+    infinite_cache_reuse: float | None
     digest: str
 
 
@@ -55,7 +55,7 @@ def summarize(schedule: Schedule) -> WorkloadSummary:
         output_tokens=outputs,
         num_sessions=len({request.session for request in schedule.requests} - {""}),
         num_tenants=len({request.tenant for request in schedule.requests} - {""}),
-        infinite_cache_reuse=infinite_reuse(schedule),
+        infinite_cache_reuse=None if any(request.text for request in schedule.requests) else infinite_reuse(schedule),
         digest=schedule.digest,
     )
 
@@ -76,6 +76,9 @@ def table(summary: WorkloadSummary) -> Table:
         )
     rows.add_row("sessions", f"{summary.num_sessions:,}")
     rows.add_row("tenants", f"{summary.num_tenants:,}")
-    rows.add_row("reusable input, infinite cache", f"{summary.infinite_cache_reuse:.1%}, blocks of {summary.block_size} tokens")
+    reuse = summary.infinite_cache_reuse
+    rows.add_row(
+        "reusable input, infinite cache", "not known of texts" if reuse is None else f"{reuse:.1%}, blocks of {summary.block_size} tokens"
+    )
     rows.add_row("digest", summary.digest)
     return rows

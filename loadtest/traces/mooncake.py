@@ -1,10 +1,13 @@
 """Mooncake's JSON Lines: `timestamp` (ms), `input_length`, `output_length`, `hash_ids` (chained content blocks of 512 tokens).
 
+The last block, partly filled, has an id like the others, or none; it is then its request's own.
+
 Read and written: other tools take schedules in this form. Sessions are lost in it: a later turn has the time at which it would come if
 every answer took no time at all.
 Source: Qin et al. 2025 (Mooncake, FAST '25), its released traces; LLMServingSim's ShareGPT trace has the same form with 16-token blocks.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,19 +32,28 @@ def read(path: Path, *, block_size: int = BLOCK_SIZE, spread_s: float = 0.0, see
 
     Raises BadInput for a row whose blocks do not fit its length.
     """
-    rng = random.Random(seed)
-    requests = []
     with open_text(path, "r") as file:
+        rows = []
         for number, row in read_numbered_rows(file, _Row, path):
-            if (expected := -(-row.input_length // block_size)) != len(row.hash_ids):
+            if len(row.hash_ids) not in ((full := row.input_length // block_size), expected := -(-row.input_length // block_size)):
                 raise BadInput(
                     f"{path}, line {number}: hash_ids has {len(row.hash_ids)} blocks, "
-                    f"an input_length of {row.input_length} has {expected} of {block_size} tokens (--block-size)"
+                    f"an input_length of {row.input_length} has {expected} of {block_size} tokens, {full} of them full (--block-size)"
                 )
-            at_s = row.timestamp / 1e3 + (rng.random() * spread_s if spread_s else 0.0)
-            requests.append(
-                PlannedRequest(at_s=at_s, input_tokens=row.input_length, output_tokens=row.output_length, block_runs=runs_of(row.hash_ids))
+            rows.append(row)
+    rng = random.Random(seed)
+    own_ids = itertools.count(1 + max((block_id for row in rows for block_id in row.hash_ids), default=-1))
+    requests = []
+    for row in rows:
+        has_all = len(row.hash_ids) * block_size >= row.input_length
+        requests.append(
+            PlannedRequest(
+                at_s=row.timestamp / 1e3 + (rng.random() * spread_s if spread_s else 0.0),
+                input_tokens=row.input_length,
+                output_tokens=row.output_length,
+                block_runs=runs_of(row.hash_ids if has_all else [*row.hash_ids, next(own_ids)]),
             )
+        )
     requests.sort(key=lambda request: request.at_s)
     source = f"{path.name}; each stamp spread over {spread_s:g} s" if spread_s else path.name
     return Schedule(block_size=block_size, requests=tuple(requests), source=source, seed=seed)

@@ -38,4 +38,4 @@ def read(path: Path, *, block_size: int) -> Schedule:
         )
         for row in rows
     )
-    return Schedule(block_size=block_size, requests=requests, source=path.name)
+    return Schedule(block_size=block_size, requests=requests, source=f"{path.name}; what prompts share is not recorded")
