@@ -13,6 +13,7 @@ import statistics
 
 from loadtest.micro.figure import Figure
 from loadtest.micro.processes import health_check_ms, service, wait_for_workers
+from loadtest.stages import STAGES
 from protos.baton.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from services.mesh import convert
 from services.mesh.client import open_channel
@@ -63,7 +64,9 @@ def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
             )
         )
         assert {bool(timing.prefill_worker_id) for timing in timings[way]} == {way == ELSEWHERE}
-        for name in ("tokenize_s", "route_s", "decode_queue_s", "prefill_queue_s", "prefill_s", "model_s", "transfer_tail_s", "ttft_s"):
+        # All that the router knows; the client's two ends are not among them.
+        stages = [stage.name for stage in STAGES if stage.in_ttft and hasattr(timings[way][0], stage.name)]
+        for name in (*stages, "model_s", "ttft_s"):
             stage = statistics.median(getattr(timing, name) for timing in timings[way])
             figures.append(Figure(name=f"  {name.removesuffix('_s')}", value=stage * 1e3, unit="ms", runs=runs, on_ratio=False))
     return figures, {"prompt tokens": PROMPT_TOKENS, "requests per run": REQUESTS_PER_RUN, "cores": os.cpu_count()}

@@ -1,7 +1,8 @@
 """Where a request's time went, as lines for a terminal: a row for each stage, drawn on a common time axis. Pure functions.
 
-The axis ends at the first token; what follows would squeeze everything before it into a corner. Each duration was measured by one process
-on its own clock, so the stages are laid end to end, and what the router waited beyond their sum is a row of its own.
+The axis ends at the first token; what follows would squeeze everything before it into a corner. Each stage was measured, the calls between
+processes too, and they are laid end to end. Where the clocks of two hosts differ, the way there is too long by as much as the way back is
+too short.
 """
 
 import textwrap
@@ -44,6 +45,8 @@ def duration(seconds: float) -> str:
     """With a unit and three digits or so: 850 µs, 1.23 ms, 45.6 ms, 2.50 s."""
     if seconds >= 0.99995:
         return f"{seconds:.2f} s"
+    if seconds < 0.0:
+        return f"-{duration(-seconds)}"
     milliseconds = seconds * 1e3
     if milliseconds >= 0.9995:
         return f"{milliseconds:.{2 if milliseconds < 9.995 else 1}f} ms"
@@ -62,7 +65,7 @@ def bar(start: float, end: float, *, length: float, columns: int) -> str:
     """A bar from `start` to `end` on an axis of `length`, as thin as an eighth of a column; nothing when there is nothing between them."""
     if end <= start:
         return ""
-    from_share, to_share = (min(1.0, place / length) if length > 0 else 0.0 for place in (start, end))
+    from_share, to_share = (max(0.0, min(1.0, place / length)) if length > 0 else 0.0 for place in (start, end))
     first = min(int(from_share * columns), columns - 1)
     eighths = max(1, round((to_share * columns - first) * 8))
     return " " * first + "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
@@ -80,8 +83,16 @@ def _rows_until_first_token(timing: inference_pb2.RequestTiming, usage: inferenc
         now_s += seconds
 
     stage("tokenize", timing.tokenize_s, _count(usage.prompt_tokens, "token"), "cyan")
+    stage("admission", timing.admission_s, style="cyan")
+    if timing.retry_s:
+        stage("retry", timing.retry_s, "lost on decode workers that failed", "red")
     stage("route", timing.route_s, f"{timing.predicted_cached_tokens} tokens expected in a cache", "cyan")
+    stage("to decode", timing.to_decode_s)
     stage("decode queue", timing.decode_queue_s, "for a place and KV blocks", "yellow")
+    if timing.prefill_retry_s:
+        stage("prefill retry", timing.prefill_retry_s, "lost on prefill workers that failed", "red")
+    if is_remote:
+        stage("to prefill", timing.to_prefill_s)
     stage("prefill queue", timing.prefill_queue_s, style="yellow")
     stage("prefill", timing.prefill_s, f"{max(0, usage.prompt_tokens - cached)} tokens computed, {cached} cached", "green")
     if timing.kv_blocks:
@@ -95,17 +106,21 @@ def _rows_until_first_token(timing: inference_pb2.RequestTiming, usage: inferenc
                 style="magenta",
             )
         )
-        stage("transfer tail", timing.transfer_tail_s, "until the last block landed", "magenta")
+        stage("transfer tail", timing.transfer_tail_s, "last blocks sent and landed", "magenta")
     else:
         rows.append(_Row(label="KV moved", note="nothing: all blocks were there" if is_remote else "nothing: computed on decode"))
-    # Calls between processes, waiting for a step to end; below zero only by the clocks' small disagreements.
-    stage("in between", max(0.0, timing.ttft_s - now_s), "calls, frames, step ends")
+    if is_remote:
+        stage("from prefill", timing.prefill_return_s)
+    stage("from decode", timing.first_token_return_s, "the first token's way to the router")
+    stage("respond", timing.first_response_s, style="cyan")
     return rows
 
 
 def _rows_after_first_token(timing: inference_pb2.RequestTiming, usage: inference_pb2.Usage, num_choices: int) -> list[_Row]:
     predicted = f"predicted {duration(timing.predicted_ttft_s)}" if timing.predicted_ttft_s else ""
-    decode_s = max(0.0, timing.total_s - timing.ttft_s)
+    decode_s = timing.decode_s + timing.decode_retry_s
+    lost = _Row(label="decode retry", seconds=timing.decode_retry_s, note="lost on decode workers that failed", style="red")
+    retries = [lost] if timing.decode_retry_s else []
     tokens = _count(usage.completion_tokens, "token")
     # Choices decode side by side: each has its share of the tokens and all of the time.
     per_choice = usage.completion_tokens / max(1, num_choices)
@@ -115,7 +130,9 @@ def _rows_after_first_token(timing: inference_pb2.RequestTiming, usage: inferenc
         cached += f", prefill {timing.prefill_cached_tokens}"
     return [
         _Row(label="first token", seconds=timing.ttft_s, bar=" " * (_BAR - 1) + "◆", note=f"TTFT{'; ' + predicted if predicted else ''}"),
-        _Row(label="decode", seconds=decode_s, bar=" " * (_BAR - 1) + "▶", note=f"{tokens}{tpot}", style="green"),
+        _Row(label="decode", seconds=timing.decode_s, bar=" " * (_BAR - 1) + "▶", note=f"{tokens}{tpot}", style="green"),
+        *retries,
+        _Row(label="finish", seconds=timing.finish_s, note="from the last token to the last response"),
         _Row(label="total", seconds=timing.total_s, note=cached),
     ]
 

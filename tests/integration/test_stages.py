@@ -1,6 +1,9 @@
 """The stages of requests on a real mesh add up to what their clients measure."""
 
 import asyncio
+import contextlib
+import http.client
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -34,11 +37,11 @@ class Measured:
         return residual_s(self.stages, TTFT_STAGES, self.ttft_s), residual_s(self.stages, E2E_STAGES, self.e2e_s)
 
 
-async def ask(mesh: Mesh, router: str, prompt: Sequence[int]) -> Measured:
+async def ask(mesh: Mesh, router: str, prompt: Sequence[int], *, n: int = 1) -> Measured:
     """Sends one request; its two times are the client's monotonic ones, the stamps its wall clock's."""
     request = inference_pb2.GenerateRequest(
         prompt=inference_pb2.Prompt(token_ids=convert.token_ids_to_proto(prompt)),
-        sampling=convert.sampling_to_proto(SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)),
+        sampling=convert.sampling_to_proto(SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True, n=n)),
         include_timing=True,
     )
     timing = None
@@ -53,6 +56,26 @@ async def ask(mesh: Mesh, router: str, prompt: Sequence[int]) -> Measured:
     assert timing is not None
     stages = stages_of(timing, client_sent_unix_s=sent_unix_s, client_first_unix_s=first_unix_s, client_done_unix_s=done_unix_s)
     return Measured(timing=timing, stages=stages, ttft_s=first_s, e2e_s=done_s)
+
+
+def ask_http(address: str, prompt: Sequence[int]) -> Measured:
+    """The same over HTTP, as events; blocks."""
+    body = {"prompt": prompt, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True, "baton_timing": True}
+    with contextlib.closing(http.client.HTTPConnection(address)) as connection:
+        record = None
+        first_s = first_unix_s = 0.0
+        sent_unix_s, started = time.time(), time.perf_counter()
+        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        for line in connection.getresponse():
+            if line.startswith(b"data: {"):
+                if not first_s:
+                    first_s, first_unix_s = time.perf_counter() - started, time.time()
+                record = json.loads(line.removeprefix(b"data: ")).get("baton", record)
+        done_unix_s, done_s = time.time(), time.perf_counter() - started
+    assert record is not None
+    (timing,) = record["timings"]
+    stages = stages_of(timing, client_sent_unix_s=sent_unix_s, client_first_unix_s=first_unix_s, client_done_unix_s=done_unix_s)
+    return Measured(timing=inference_pb2.RequestTiming(**timing), stages=stages, ttft_s=first_s, e2e_s=done_s)
 
 
 def prompt(index: int) -> list[int]:
@@ -113,6 +136,21 @@ def test_stages_when_decode_is_alone_add_up_to_the_client_s_times() -> None:
             await mesh.loads(router)
         assert {each.stages["prefill_queue_s"] + each.stages["transfer_tail_s"] for each in measured} == {0.0}
         check(measured, "alone")
+
+    asyncio.run(main())
+
+
+def test_stages_when_there_are_choices_or_the_client_speaks_http_add_up_to_its_times() -> None:
+    async def main() -> None:
+        async with Mesh("demo") as mesh:
+            workers = [await mesh.prefill("p0"), await mesh.decode("d0")]
+            router = await mesh.router(workers, max_local_tokens=0, http=True)
+            choices = [await ask(mesh, router, prompt(index), n=3) for index in range(6)]
+            spoken = [await asyncio.to_thread(ask_http, mesh.http_address(router), prompt(index)) for index in range(10, 16)]
+            await mesh.loads(router)
+        assert {each.timing.prefill_worker_id for each in choices + spoken} == {"p0"}
+        check(choices, "n = 3")
+        check(spoken, "http")
 
     asyncio.run(main())
 

@@ -1,7 +1,6 @@
 """The timeline of a request: every fact that the wire has is on it, the bars agree with the numbers, and 80 columns hold it."""
 
 import itertools
-import re
 
 import pytest
 from hypothesis import given
@@ -22,13 +21,21 @@ def remote_timing() -> inference_pb2.RequestTiming:
         route_reason="prefill-1 holds 20 of 26 blocks and has nothing to do; decode-0 has the least work of two workers that are up",
         seed=7,
         tokenize_s=0.0004,
+        admission_s=0.0001,
         route_s=0.0002,
+        to_decode_s=0.0005,
         decode_queue_s=0.001,
+        to_prefill_s=0.0007,
         prefill_queue_s=0.002,
         prefill_s=0.030,
         transfer_tail_s=0.0024,
+        prefill_return_s=0.0006,
+        first_token_return_s=0.0018,
+        first_response_s=0.0003,
         ttft_s=0.040,
-        total_s=0.680,
+        decode_s=0.640,
+        finish_s=0.0012,
+        total_s=0.6809,
         decode_cached_tokens=16,
         prefill_cached_tokens=320,
         predicted_cached_tokens=304,
@@ -45,7 +52,7 @@ def local_timing() -> inference_pb2.RequestTiming:
     timing = remote_timing()
     timing.prefill_worker_id = timing.kv_transport = ""
     timing.kv_blocks = timing.kv_bytes = timing.prefill_cached_tokens = 0
-    timing.transfer_s = timing.transfer_tail_s = 0.0
+    timing.transfer_s = timing.transfer_tail_s = timing.to_prefill_s = timing.prefill_return_s = 0.0
     return timing
 
 
@@ -77,10 +84,12 @@ def test_timeline_when_blocks_moved_tells_everything_about_it() -> None:
     assert "20.0 ms" in row(lines, "KV moved")
     assert row(lines, "KV moved").endswith("│ 25 blocks, 3.3 MB, shm, 0.16 GB/s")
     assert "2.40 ms" in row(lines, "transfer tail")
-    assert "4.00 ms" in row(lines, "in between")
+    told = {"admission": "100 µs", "to decode": "500 µs", "to prefill": "700 µs", "from prefill": "600 µs"}
+    told |= {"from decode": "1.80 ms", "respond": "300 µs", "finish": "1.20 ms"}
+    assert {label: row(lines, label)[13:22].strip() for label in told} == told
     assert "40.0 ms" in row(lines, "first token") and row(lines, "first token").endswith("│ TTFT; predicted 38.0 ms")
     assert "640.0 ms" in row(lines, "decode") and row(lines, "decode").endswith("│ 65 tokens, TPOT 10.0 ms")
-    assert "680.0 ms" in row(lines, "total") and row(lines, "total").endswith("│ cached: decode 16, prefill 320")
+    assert "680.9 ms" in row(lines, "total") and row(lines, "total").endswith("│ cached: decode 16, prefill 320")
 
 
 @pytest.mark.parametrize(("transfer_s", "words"), [(0.001, "3.28 GB/s"), (0.03, "0.11 GB/s"), (0.04, "81.9 MB/s"), (0.0, "shm")])
@@ -96,12 +105,15 @@ def test_timeline_when_decode_computed_the_prompt_says_that_nothing_moved() -> N
     assert row(lines, "KV moved").endswith("│ nothing: computed on decode")
     assert row(lines, "prefill").endswith("│ 396 tokens computed, 16 cached")
     assert row(lines, "total").endswith("│ cached: decode 16")
-    assert not any(line.startswith("transfer tail") for line in lines)
+    assert not any(line.startswith(("transfer tail", "to prefill", "from prefill")) for line in lines)
 
 
 def test_timeline_when_drawn_lays_the_stages_end_to_end_and_the_transfer_beside_prefill() -> None:
     lines = lines_of(remote_timing())
-    stages = ("tokenize", "route", "decode queue", "prefill queue", "prefill", "transfer tail", "in between")
+    stages = (
+        *("tokenize", "admission", "route", "to decode", "decode queue", "to prefill", "prefill queue", "prefill"),
+        *("transfer tail", "from prefill", "from decode", "respond"),
+    )
     spans = [span(row(lines, label)) for label in stages]
     for (start, end), (next_start, _) in itertools.pairwise(spans):
         assert start <= next_start <= end, "a gap, or a step back"
@@ -115,7 +127,12 @@ def test_timeline_when_drawn_lays_the_stages_end_to_end_and_the_transfer_beside_
 def test_timeline_when_a_request_was_tried_again_says_so() -> None:
     timing = remote_timing()
     timing.attempts = 3
-    assert lines_of(timing)[0].endswith("· seed 7 · 3 attempts")
+    assert not any("retry" in line for line in lines_of(timing))
+    timing.retry_s, timing.prefill_retry_s, timing.decode_retry_s = 0.001, 0.002, 0.064
+    lines = lines_of(timing)
+    assert lines[0].endswith("· seed 7 · 3 attempts")
+    assert [row(lines, label)[13:22].strip() for label in ("retry", "prefill retry", "decode retry")] == ["1.00 ms", "2.00 ms", "64.0 ms"]
+    assert row(lines, "decode").endswith("TPOT 11.0 ms"), "what was lost is the client's time, too"
 
 
 def test_timeline_when_there_are_choices_gives_the_time_per_token_of_one() -> None:
@@ -129,12 +146,14 @@ def test_timeline_when_there_was_one_token_has_no_time_per_token() -> None:
     assert row(lines_of(local_timing(), usage), "prefill").endswith("│ 0 tokens computed, 16 cached")
 
 
-def test_timeline_when_clocks_disagree_shows_nothing_negative() -> None:
+def test_timeline_when_clocks_disagree_shows_by_how_much_and_draws_within_the_axis() -> None:
     timing = remote_timing()
-    timing.ttft_s = 0.030  # less than its parts
+    timing.to_decode_s -= 0.005
+    timing.first_token_return_s += 0.005
     lines = lines_of(timing)
-    assert "0 µs" in row(lines, "in between")
-    assert not re.search(r"-\d", "\n".join(lines[3:]))
+    assert (row(lines, "to decode")[13:22].strip(), row(lines, "from decode")[13:22].strip()) == ("-4.50 ms", "6.80 ms")
+    assert span(row(lines, "decode queue")) == (0, 1)
+    assert span(row(lines, "respond"))[1] == span(row(lines, "first token"))[1]
 
 
 @given(
@@ -150,6 +169,7 @@ def test_timeline_when_clocks_disagree_shows_nothing_negative() -> None:
             name: st.floats(0, 5000)
             for name in (
                 "tokenize_s",
+                "retry_s",
                 "route_s",
                 "decode_queue_s",
                 "prefill_queue_s",
@@ -159,6 +179,7 @@ def test_timeline_when_clocks_disagree_shows_nothing_negative() -> None:
                 "ttft_s",
             )
         },
+        **{name: st.floats(-5000, 5000) for name in ("to_decode_s", "to_prefill_s", "prefill_return_s", "first_token_return_s")},
         total_s=st.floats(0, 50_000),
         predicted_ttft_s=st.floats(0, 5000),
     ),
@@ -178,6 +199,7 @@ def test_totals_when_blocks_moved_name_path_and_transport() -> None:
     [
         (0, "0 µs"),
         (0.00085, "850 µs"),
+        (-0.00085, "-850 µs"),
         (0.0009994, "999 µs"),
         (0.0009996, "1.00 ms"),
         (0.00999, "9.99 ms"),
@@ -212,6 +234,8 @@ def test_size_when_told_has_a_decimal_unit(num_bytes: float, words: str) -> None
         (9.99, 10, "         █"),
         (12, 15, "         █"),
         (0, 50, "██████████"),
+        (-5, -3, "▏"),
+        (-5, 2, "██"),
     ],
 )
 def test_bar_when_drawn_covers_its_columns_and_stays_on_the_axis(start: float, end: float, drawn: str) -> None:

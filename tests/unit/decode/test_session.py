@@ -78,7 +78,7 @@ class Bench:
         self.session = session
         self._handle = 0
 
-    def start(self, *, candidates: Sequence[str] = ("p0",), **sampling: Any) -> decode_pb2.Start:
+    def start(self, *, candidates: Sequence[str] = ("p0",), local_prefill_tokens: int = 0, **sampling: Any) -> decode_pb2.Start:
         fields: dict[str, Any] = {"seed": 1, "ignore_eos": True, "max_tokens": 6, **sampling}
         start = decode_pb2.Start(
             handle=self._handle,
@@ -87,6 +87,8 @@ class Bench:
             token_ids=convert.token_ids_to_proto(PROMPT),
             sampling=convert.sampling_to_proto(SamplingParams(**fields)),
             candidates=[decode_pb2.PrefillCandidate(worker_id=name, address=name) for name in candidates],
+            local_prefill_tokens=local_prefill_tokens,
+            sent_unix_s=time.time(),
         )
         self._handle += fields.get("n", 1)
         self.session._start(start)
@@ -94,6 +96,13 @@ class Bench:
 
     def told(self) -> decode_pb2.StepFrame:
         return self.session._frame.take(None)
+
+    async def prefilled(self) -> decode_pb2.Prefilled:
+        """What is told of the next prompt that is computed."""
+        while True:
+            await asyncio.sleep(0.001)
+            if told := self.told().prefilled:
+                return told[0]
 
     async def tokens_to_the_end(self) -> list[int]:
         """All that is told up to the good end of a request."""
@@ -226,6 +235,24 @@ def test_cancel_while_a_failed_prefill_is_fenced_is_not_forgotten(tmp_path: Path
         assert (await bench.wait_free()).decode_tokens == 0
 
     run(tmp_path, main, peers)
+
+
+@pytest.mark.parametrize("way", ["alone", "rather here", "here after all"])
+def test_stages_when_the_prompt_is_computed_here_leave_no_gap_from_send_to_first_token(tmp_path: Path, way: str) -> None:
+    async def slow_failure(block_ids: Sequence[int]) -> PrefillOutcome:
+        await asyncio.sleep(0.03)
+        raise PrefillFailed(num_landed=0, unfenced=None) from PeerUnavailable("p0 died")
+
+    async def main(bench: Bench) -> None:
+        start = bench.start(candidates=() if way == "alone" else ("p0",), local_prefill_tokens=100 if way == "rather here" else 0)
+        told = await bench.prefilled()
+        stages = (told.to_decode_s, told.decode_queue_s, told.prefill_retry_s, told.prefill_queue_s, told.prefill_s)
+        assert min(stages) >= 0.0 and told.prefill_s > 0.0
+        assert sum(stages) == pytest.approx(told.first_token_unix_s - start.sent_unix_s, abs=2e-4)
+        assert (told.prefill_queue_s > 0.0) == (way != "alone")
+        assert (told.prefill_retry_s >= 0.03) == (way == "here after all") == (told.prefill_attempts == 1)
+
+    run(tmp_path, main, Peers(slow_failure))
 
 
 class ScriptedEngine:
