@@ -8,17 +8,15 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from loadtest.records import Objective, Outcome, RequestRecord
-from loadtest.stages import STAGES, TTFT_STAGES
+from loadtest.stages import E2E_STAGES, STAGES, TTFT_STAGES, tolerance_s
 
-RESIDUAL_SHARE = 0.01
-RESIDUAL_S = 0.002
-_BESIDE = frozenset(TTFT_STAGES) - frozenset(STAGES)
+_BESIDE = frozenset(TTFT_STAGES) - frozenset(E2E_STAGES)
 
 
 def stage_order(records: Iterable[RequestRecord]) -> list[str]:
     """The stages that occur: those that are known in their order, then the others."""
     occurring = dict.fromkeys(stage for record in records for stage in record.stages)
-    known = [stage for stage in dict.fromkeys((*TTFT_STAGES, *STAGES)) if stage in occurring]
+    known = [stage.name for stage in STAGES if stage.name in occurring]
     return known + [stage for stage in occurring if stage not in known]
 
 
@@ -39,7 +37,7 @@ def e2e_stages_s(record: RequestRecord) -> float:
 
 def is_accounted_for(record: RequestRecord) -> bool:
     """Whether its stages add up to the client's end-to-end time, within 1 % or 2 ms; False for one that did not complete."""
-    return record.e2e_s is not None and abs(record.e2e_s - e2e_stages_s(record)) <= max(RESIDUAL_S, RESIDUAL_SHARE * record.e2e_s)
+    return record.e2e_s is not None and abs(record.e2e_s - e2e_stages_s(record)) <= tolerance_s(record.e2e_s)
 
 
 def causes(records: Sequence[RequestRecord], objective: Objective) -> dict[str, int]:

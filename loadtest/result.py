@@ -47,6 +47,12 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int | None = None
     block_bytes: int | None = None
 
+    @property
+    def num_workers(self) -> int | None:
+        """Of both kinds; None when neither is known."""
+        known = [count for count in (self.prefill_workers, self.decode_workers) if count is not None]
+        return sum(known) if known else None
+
 
 class FaultMark(msgspec.Struct, frozen=True, kw_only=True):
     """A fault that was made to happen: when, to whom, and what it cost.

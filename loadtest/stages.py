@@ -4,8 +4,8 @@
                                                                └─ decode … finish ─▶ client          E2E
 
 Every stage is measured, none is what the others leave: residual_s() tells how far they are from the client's own clock, and a run whose
-residuals are beyond tolerance_s() has a hole. What happens before the client sends (it may be late) is no stage of the mesh. Definitions
-and clocks: RequestTiming in protos/baton/v1/inference.proto.
+residuals are beyond tolerance_s() has a hole. Definitions and clocks: RequestTiming in protos/baton/v1/inference.proto, whose fields have
+these names and end in _s.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,26 +31,27 @@ class Stage:
 
 
 STAGES = (
-    Stage(name="request_hop_s", meaning="client → router: sent by the client, to the router's handler begins"),
-    Stage(name="tokenize_s", meaning="router: text, chat or ids become checked token ids"),
-    Stage(name="admission_s", meaning="router: checked, counted, given a place"),
-    Stage(name="retry_s", meaning="router: lost on decode workers that failed before a first token"),
-    Stage(name="route_s", meaning="router: prefix hashes, matches, the choice of workers"),
-    Stage(name="to_decode_s", meaning="router → decode: to the engine's queue"),
-    Stage(name="decode_queue_s", meaning="decode: waits for a place and KV blocks"),
-    Stage(name="prefill_retry_s", meaning="decode: lost on prefill workers that failed"),
-    Stage(name="to_prefill_s", meaning="decode → prefill: to the engine's queue; 0 when decode computes the prompt"),
-    Stage(name="prefill_queue_s", meaning="whoever computes the prompt: waits for the engine"),
-    Stage(name="prefill_s", meaning="whoever computes the prompt: first chunk begins, to first token sampled"),
-    Stage(name="transfer_tail_s", meaning="KV blocks still on their way: on prefill until all are sent, on decode until all have landed"),
-    Stage(name="prefill_return_s", meaning="prefill → decode: all sent, to heard"),
-    Stage(name="first_token_return_s", meaning="decode → router: first token and blocks at hand, to received"),
-    Stage(name="first_response_s", meaning="router: first token received, to handed to the client", in_e2e=False),
-    Stage(name="first_response_hop_s", meaning="router → client: the first token", in_e2e=False),
-    Stage(name="decode_s", meaning="router: first token received, to last token received", in_ttft=False),
-    Stage(name="decode_retry_s", meaning="router: lost on decode workers that failed after the first token", in_ttft=False),
-    Stage(name="finish_s", meaning="router: last token received, to last response handed to the client", in_ttft=False),
-    Stage(name="response_hop_s", meaning="router → client: the last response", in_ttft=False),
+    Stage(name="send_lag", meaning="client: sent later than the schedule wanted"),
+    Stage(name="request_hop", meaning="client → router: sent by the client, to the router's handler begins"),
+    Stage(name="tokenize", meaning="router: text, chat or ids become checked token ids"),
+    Stage(name="admission", meaning="router: checked, counted, given a place"),
+    Stage(name="retry", meaning="router: lost on decode workers that failed before a first token"),
+    Stage(name="route", meaning="router: prefix hashes, matches, the choice of workers"),
+    Stage(name="to_decode", meaning="router → decode: to the engine's queue"),
+    Stage(name="decode_queue", meaning="decode: waits for a place and KV blocks"),
+    Stage(name="prefill_retry", meaning="decode: lost on prefill workers that failed"),
+    Stage(name="to_prefill", meaning="decode → prefill: to the engine's queue; 0 when decode computes the prompt"),
+    Stage(name="prefill_queue", meaning="whoever computes the prompt: waits for the engine"),
+    Stage(name="prefill", meaning="whoever computes the prompt: first chunk begins, to first token sampled"),
+    Stage(name="transfer_tail", meaning="KV blocks still on their way: on prefill until all are sent, on decode until all have landed"),
+    Stage(name="prefill_return", meaning="prefill → decode: all sent, to heard"),
+    Stage(name="first_token_return", meaning="decode → router: first token and blocks at hand, to received"),
+    Stage(name="first_response", meaning="router: first token received, to handed to the client", in_e2e=False),
+    Stage(name="first_response_hop", meaning="router → client: the first token", in_e2e=False),
+    Stage(name="decode", meaning="router: first token received, to last token received", in_ttft=False),
+    Stage(name="decode_retry", meaning="router: lost on decode workers that failed after the first token", in_ttft=False),
+    Stage(name="finish", meaning="router: last token received, to last response handed to the client", in_ttft=False),
+    Stage(name="response_hop", meaning="router → client: the last response", in_ttft=False),
 )
 TTFT_STAGES = tuple(stage.name for stage in STAGES if stage.in_ttft)
 E2E_STAGES = tuple(stage.name for stage in STAGES if stage.in_e2e)
@@ -62,11 +63,13 @@ def stages_of(
     client_sent_unix_s: float,
     client_first_unix_s: float,
     client_done_unix_s: float,
+    client_lag_s: float = 0.0,
 ) -> dict[str, float]:
     """Seconds by stage, in the order of STAGES.
 
     timing         as gRPC gives it, or an entry of `baton.timings` of an answer over HTTP
-    client_…       the client's wall clock: request sent, first token received, last response received
+    client_…_unix  the client's wall clock: request sent, first token received, last response received
+    client_lag_s   how late it was sent, for who counts from the intended time
     Raises BadInput for a record that is none, or of a router that does not measure stages.
     """
     record = timing if isinstance(timing, inference_pb2.RequestTiming) else _from_json(timing)
@@ -74,11 +77,12 @@ def stages_of(
         if not getattr(record, stamp) > 0.0:
             raise BadInput(f"timing, {stamp}: is {getattr(record, stamp)}, not above 0: the router does not measure stages")
     ends = {
-        "request_hop_s": record.received_unix_s - client_sent_unix_s,
-        "first_response_hop_s": client_first_unix_s - record.first_token_unix_s,
-        "response_hop_s": client_done_unix_s - record.responded_unix_s,
+        "send_lag": client_lag_s,
+        "request_hop": record.received_unix_s - client_sent_unix_s,
+        "first_response_hop": client_first_unix_s - record.first_token_unix_s,
+        "response_hop": client_done_unix_s - record.responded_unix_s,
     }
-    return {stage.name: ends[stage.name] if stage.name in ends else getattr(record, stage.name) for stage in STAGES}
+    return {stage.name: ends[stage.name] if stage.name in ends else getattr(record, f"{stage.name}_s") for stage in STAGES}
 
 
 def residual_s(stages: Mapping[str, float], names: Sequence[str], client_s: float) -> float:

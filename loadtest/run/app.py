@@ -17,6 +17,7 @@ from rich.console import Console
 from loadtest.files import BadInput
 from loadtest.records import Objective
 from loadtest.report.page import write_page
+from loadtest.report.run_page import run_page
 from loadtest.report.terminal import print_result
 from loadtest.result import load_result, save_result
 from loadtest.run.discovery import discover
@@ -106,7 +107,7 @@ def run(
         if output is not None:
             save_result(result, records, output)
         if html is not None:
-            write_page(result, records, html)
+            write_page(run_page(result, records), html)
     except BadInput as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

@@ -146,6 +146,7 @@ class Sender:
             client_sent_unix_s=answer.sent_s + self._unix_offset_s,
             client_first_unix_s=answer.token_times[0][0] + self._unix_offset_s,
             client_done_unix_s=answer.finished_s + self._unix_offset_s,
+            client_lag_s=record.lag_s or 0.0,
         )
         field: Callable[[str], Any] = timing.get if isinstance(timing, dict) else partial(getattr, timing)
         record.request_id = field("request_id")

@@ -109,7 +109,7 @@ def check(measured: Sequence[Measured], what: str) -> None:
             f" p50 {statistics.median(residuals) * 1e6:.0f} µs, most {residuals[-1] * 1e6:.0f} µs"
         )
         within = [abs(each.residuals_s[position]) <= tolerance_s(time_s) for each, time_s in zip(measured, times, strict=True)]
-        assert sum(within) >= 0.95 * len(within), name
+        assert len(within) - sum(within) <= max(2, 0.05 * len(within)), name
         assert abs(statistics.median(residuals)) < 0.00005, name
 
 
@@ -122,7 +122,7 @@ def test_stages_when_prefill_computes_the_prompt_add_up_to_the_client_s_times(tr
             await mesh.loads(router)
         assert {each.timing.prefill_worker_id for each in measured} == {"p0"}
         assert {each.timing.prefill_attempts for each in measured} == {1}
-        assert min(min(each.stages["to_prefill_s"], each.stages["prefill_return_s"]) for each in measured) > 0.0
+        assert min(min(each.stages["to_prefill"], each.stages["prefill_return"]) for each in measured) > 0.0
         check(measured, transport)
 
     asyncio.run(main())
@@ -134,7 +134,7 @@ def test_stages_when_decode_is_alone_add_up_to_the_client_s_times() -> None:
             router = await mesh.router([await mesh.decode("d0")])
             measured = await ask_all(mesh, router, num_requests=20)
             await mesh.loads(router)
-        assert {each.stages["prefill_queue_s"] + each.stages["transfer_tail_s"] for each in measured} == {0.0}
+        assert {each.stages["prefill_queue"] + each.stages["transfer_tail"] for each in measured} == {0.0}
         check(measured, "alone")
 
     asyncio.run(main())
@@ -158,9 +158,9 @@ def test_stages_when_there_are_choices_or_the_client_speaks_http_add_up_to_its_t
 @pytest.mark.parametrize(
     ("point", "armed", "lost_in", "prefill_attempts"),
     [
-        ("decode.started", "error", "retry_s", 1),
-        ("prefill.mid_prefill", "error", "prefill_retry_s", 2),
-        ("router.mid_decode", "error@4", "decode_retry_s", 1),
+        ("decode.started", "error", "retry", 1),
+        ("prefill.mid_prefill", "error", "prefill_retry", 2),
+        ("router.mid_decode", "error@4", "decode_retry", 1),
     ],
 )
 def test_stages_when_a_worker_fails_add_up_and_name_what_was_lost(
@@ -176,7 +176,7 @@ def test_stages_when_a_worker_fails_add_up_and_name_what_was_lost(
                 measured.append(await ask(mesh, router, prompt(index)))
                 assert not (tmp_path / point).exists(), "did not strike"
             await mesh.loads(router)
-        retries = [name for name in ("retry_s", "prefill_retry_s", "decode_retry_s") if any(each.stages[name] for each in measured)]
+        retries = [name for name in ("retry", "prefill_retry", "decode_retry") if any(each.stages[name] for each in measured)]
         assert retries == [lost_in]
         assert min(each.stages[lost_in] for each in measured) > 0.0
         assert {each.timing.prefill_attempts for each in measured} == {prefill_attempts}
@@ -201,7 +201,7 @@ def test_stages_when_every_prefill_worker_fails_add_up_to_the_client_s_times(tmp
                 measured.append(await ask(mesh, router, prompt(index)))
             await mesh.loads(router)
         assert {each.timing.prefill_worker_id for each in measured} == {""}
-        assert min(min(each.stages["prefill_retry_s"], each.stages["prefill_queue_s"]) for each in measured) > 0.0
+        assert min(min(each.stages["prefill_retry"], each.stages["prefill_queue"]) for each in measured) > 0.0
         check(measured, "fallback")
 
     failpoints.enable(tmp_path)

@@ -9,11 +9,11 @@ from loadtest.files import BadInput
 from loadtest.stages import E2E_STAGES, STAGES, TTFT_STAGES, residual_s, stages_of, tolerance_s
 from protos.baton.v1 import inference_pb2
 
-# Powers of two, in the order of the stages from tokenize_s on: every sum of some of them names which.
+# Powers of two, in the order of the stages from tokenize on: every sum of some of them names which.
 MEASURED = (
-    *("tokenize_s", "admission_s", "retry_s", "route_s", "to_decode_s", "decode_queue_s", "prefill_retry_s", "to_prefill_s"),
-    *("prefill_queue_s", "prefill_s", "transfer_tail_s", "prefill_return_s", "first_token_return_s"),
-    *("first_response_s", "decode_s", "decode_retry_s", "finish_s"),
+    *("tokenize", "admission", "retry", "route", "to_decode", "decode_queue", "prefill_retry", "to_prefill"),
+    *("prefill_queue", "prefill", "transfer_tail", "prefill_return", "first_token_return"),
+    *("first_response", "decode", "decode_retry", "finish"),
 )
 UNTIL_FIRST_TOKEN_S = 2.0**13 - 1  # the first 13
 SENT_S = 1_700_000_000.0
@@ -24,7 +24,7 @@ FIRST_S, DONE_S = FIRST_TOKEN_S + 0.5, RESPONDED_S + 0.125
 
 
 def record(**fields: Any) -> inference_pb2.RequestTiming:
-    stages = {name: 2.0**power for power, name in enumerate(MEASURED)}
+    stages = {f"{name}_s": 2.0**power for power, name in enumerate(MEASURED)}
     stamps = {"received_unix_s": RECEIVED_S, "first_token_unix_s": FIRST_TOKEN_S, "responded_unix_s": RESPONDED_S}
     return inference_pb2.RequestTiming(**{"request_id": "r", "seed": 7, **stages, **stamps, **fields})
 
@@ -37,7 +37,7 @@ def test_stages_when_told_by_the_router_are_its_own_and_the_client_s_two_ends() 
     known = stages(record())
     assert list(known) == [stage.name for stage in STAGES]
     assert {name: known[name] for name in MEASURED} == {name: 2.0**power for power, name in enumerate(MEASURED)}
-    assert (known["request_hop_s"], known["first_response_hop_s"], known["response_hop_s"]) == (0.25, 0.5, 0.125)
+    assert (known["send_lag"], known["request_hop"], known["first_response_hop"], known["response_hop"]) == (0.0, 0.25, 0.5, 0.125)
 
 
 def test_stages_when_summed_are_the_client_s_ttft_and_e2e() -> None:
@@ -50,8 +50,8 @@ def test_stages_when_summed_are_the_client_s_ttft_and_e2e() -> None:
 
 def test_residual_when_a_stage_is_missing_or_counted_twice_is_that_stage() -> None:
     for name, sign in ((name, sign) for name in MEASURED[:13] for sign in (-1, 1)):
-        size = getattr(record(), name)
-        changed = stages(record(**{name: size + sign * size}))
+        size = getattr(record(), f"{name}_s")
+        changed = stages(record(**{f"{name}_s": size + sign * size}))
         assert residual_s(changed, TTFT_STAGES, FIRST_S - SENT_S) == -sign * size
         assert residual_s(changed, E2E_STAGES, DONE_S - SENT_S) == -sign * size
 

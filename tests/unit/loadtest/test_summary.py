@@ -131,7 +131,7 @@ def test_residual_when_stages_leave_time_out_is_what_they_leave() -> None:
 
 def test_residual_when_a_stage_lies_beside_others_does_not_count_it_twice() -> None:
     """The first token is delivered while decode goes on."""
-    found = summary(record(0, stages={"prefill": 0.4, "deliver": 0.1, "decode": 0.6}))
+    found = summary(record(0, stages={"prefill": 0.4, "first_response_hop": 0.1, "decode": 0.6}))
     assert found.residual_ms is not None and math.isclose(found.residual_ms.mean, 0.0, abs_tol=1e-9)
 
 
