@@ -50,7 +50,8 @@ def aiperf_row(**changes: Any) -> dict[str, Any]:
 
 def metadata(after_ns: int, **changes: Any) -> dict[str, Any]:
     times = {"credit_issued_ns": START_NS, "request_start_ns": START_NS, "request_end_ns": START_NS + 5_000_000}
-    return aiperf_row()["metadata"] | {name: time + after_ns for name, time in times.items()} | changes
+    found: dict[str, Any] = aiperf_row()["metadata"]
+    return found | {name: time + after_ns for name, time in times.items()} | changes
 
 
 def write_lines(path: Path, *rows: object) -> Path:
@@ -109,7 +110,8 @@ def test_load_any_when_vllm_wrote_it_counts_from_before_the_wait_for_concurrency
 def test_load_any_when_an_older_vllm_wrote_it_ends_with_the_last_token(tmp_path: Path) -> None:
     old = {name: value for name, value in vllm_file().items() if name not in ("latencies", "queue_times")}
     _, records = load_any(write_lines(tmp_path / "vllm.json", old))
-    assert (records[0].at_s, records[0].e2e_s) == (0.0, pytest.approx(0.65))
+    assert records[0].at_s == 0.0
+    assert records[0].e2e_s == pytest.approx(0.65)
 
 
 def guidellm_request(**changes: Any) -> dict[str, Any]:
@@ -148,9 +150,11 @@ def test_load_any_when_guidellm_wrote_it_counts_from_the_target_of_strategies_th
     _, records = load_any(tmp_path / "benchmarks.json#1")
     assert [record.outcome for record in records] == [Outcome.COMPLETED, Outcome.FAILED]
     assert (records[0].sent_s, records[0].ttft_s, records[0].tpot_s, records[0].e2e_s) == pytest.approx((0.01, 0.2, 0.1, 0.61))
-    assert (records[1].error, records[1].at_s) == ("timeout", pytest.approx(1.0))
+    assert records[1].error == "timeout"
+    assert records[1].at_s == pytest.approx(1.0)
     _, records = load_any(tmp_path / "benchmarks.json#2")
-    assert (records[0].lag_s, records[0].ttft_s) == (0.0, pytest.approx(0.19))
+    assert records[0].lag_s == 0.0
+    assert records[0].ttft_s == pytest.approx(0.19)
     with pytest.raises(BadInput, match=r"has 2 benchmarks: name one, as benchmarks.json#1"):
         load_any(path)
     with pytest.raises(BadInput, match="it has benchmarks 1 to 2"):
