@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Weights = NDArray[np.float64]  # [resamples, requests]
 Draws = NDArray[np.float64]  # [resamples]
 
-MAX_RESAMPLES, MIN_RESAMPLES = 2000, 200
+MAX_RESAMPLES, MIN_RESAMPLES = 1000, 200
 # Requests × resamples: what a comparison of two long runs has time and memory for.
 MAX_CELLS = 6_000_000
 
@@ -25,12 +25,16 @@ def resample(num_requests: int, *, seed: int) -> Weights:
     num_blocks = -(-num_requests // length)
     rng = np.random.default_rng(seed)
     starts = rng.integers(0, max(num_requests, 1), (num_resamples, num_blocks))
-    weights = np.zeros((num_resamples, num_requests), dtype=np.float64)
-    rows = np.arange(num_resamples)[:, None]
-    for offset in range(length):
-        # The last block is cut so that a resample has neither more nor fewer requests than the run.
-        used = starts if (num_blocks - 1) * length + offset < num_requests else starts[:, :-1]
-        np.add.at(weights, (rows, (used + offset) % num_requests), 1)
+    lengths = np.full(num_blocks, length)
+    lengths[-1:] = num_requests - length * (num_blocks - 1)
+    # +1 where a block starts, −1 behind its end; the running sum is how many blocks lie over a request. Ends may lie behind the run's.
+    width = num_requests + length + 1
+    rows = np.arange(num_resamples)[:, None] * width
+    size = num_resamples * width
+    edges = np.bincount((rows + starts).ravel(), minlength=size) - np.bincount((rows + starts + lengths).ravel(), minlength=size)
+    covered = np.cumsum(edges.reshape(num_resamples, width), axis=1)
+    weights: Weights = covered[:, :num_requests].astype(np.float64)
+    weights[:, :length] += covered[:, num_requests : num_requests + length]
     return weights
 
 

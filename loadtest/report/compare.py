@@ -4,7 +4,8 @@ A figure differs significantly when zero is outside its 95 % interval and also o
 twenty comparisons of equal runs has any that differs (Bonferroni): with thirty figures at 95 % each, some always would. Two runs of one
 schedule are resampled together, request by request, since what both were asked cancels out of their difference.
 
-Shares of requests have Newcombe's interval, all else the bootstrap's.
+Shares of requests have Newcombe's interval, all else the bootstrap's. Newcombe's takes requests for independent of one another: sixty
+failures in a row, which a bootstrap of blocks would call one event that may as well have happened in the other run, are sixty failures.
 """
 
 import math
@@ -135,6 +136,8 @@ def _difference(before: Figure | None, after: Figure | None, strict: float) -> D
 
 def _certainty(before: Figure, after: Figure, strict: float) -> tuple[tuple[float, float] | None, bool]:
     """The change's 95 % interval, and whether the change is more than chance."""
+    if before.counts is not None and after.counts is not None:
+        return newcombe_interval(before.counts, after.counts), _excludes_zero(newcombe_interval(before.counts, after.counts, strict))
     if before.draws is None or after.draws is None:
         return None, False
     draws = after.draws - before.draws
@@ -143,9 +146,6 @@ def _certainty(before: Figure, after: Figure, strict: float) -> tuple[tuple[floa
     # By the spread of the resamples, since hardly any of them lie at the ends of so wide an interval.
     reach = NormalDist().inv_cdf(0.5 + strict / 2) * float(np.nanstd(draws))
     is_certain = abs(after.value - before.value) > reach
-    if before.counts is not None and after.counts is not None:
-        interval = newcombe_interval(before.counts, after.counts)
-        return interval, is_certain and _excludes_zero(newcombe_interval(before.counts, after.counts, strict))
     low, high = np.nanpercentile(draws, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)]).tolist()
     return (low, high), is_certain and _excludes_zero((low, high))
 

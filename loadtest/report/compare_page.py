@@ -23,11 +23,10 @@ def compare_page(comparison: Comparison, before: Run, after: Run, *, tolerance: 
     if comparison.warnings:
         page.banners.append(pages.Banner(good=False, title="Compare with care.", points=comparison.warnings))
     worse = comparison.worse(tolerance)
-    points = tuple(f"{difference.name}: {_pair(difference)}" for difference in worse)
+    names = "; ".join(f"{difference.name} {_pair(difference)}" for difference in worse)
     title = f"B is worse in {len(worse)} figures." if worse else "B is not worse."
-    page.banners.append(
-        pages.Banner(good=not worse, title=title, text=f"Significant worsenings above {percent(tolerance)} count.", points=points)
-    )
+    text = f"Significant worsenings above {percent(tolerance)} count{': ' if worse else '.'}{names}"
+    page.banners.append(pages.Banner(good=not worse, title=title, text=text))
     page.sections.append(_table(comparison))
     _distribution(page, "TTFT", before, after, lambda record: record.ttft_s)
     _distribution(page, "TPOT", before, after, lambda record: record.tpot_s)

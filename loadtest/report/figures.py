@@ -50,9 +50,6 @@ class Sample:
         values = (of(record) if record.outcome is Outcome.COMPLETED else None for record in self.records)
         return np.array([np.nan if value is None else value for value in values])
 
-    def flags(self, of: Callable[[RequestRecord], bool]) -> NDArray[np.float64]:
-        return np.array([float(of(record)) for record in self.records])
-
     def gaps_ms(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Gaps between chunks, and whose each is: gaps of one request are resampled together."""
         values = [gap * 1e3 for record in self.records if record.outcome is Outcome.COMPLETED for gap in record.gaps_s]
@@ -72,22 +69,21 @@ def figures_of(sample: Sample) -> list[Figure]:
 def _shares(sample: Sample) -> Iterator[Figure]:
     summary, objective = sample.result.summary, sample.result.objective
     # Which requests are good decides; the others say why.
-    shares: tuple[tuple[str, int, bool, Callable[[RequestRecord], bool]], ...] = (
-        ("attainment", summary.good, True, lambda record: record.is_good(objective)),
-        ("refused", summary.refused, False, lambda record: record.outcome is Outcome.REFUSED),
-        ("failed", summary.failed, False, lambda record: record.outcome is Outcome.FAILED),
+    shares = (
+        ("attainment", summary.good, True),
+        ("refused", summary.refused, False),
+        ("failed", summary.failed, False),
     )
-    for name, count, more_is_better, of in shares:
+    for name, count, more_is_better in shares:
         yield Figure(
             name=name,
             unit="share",
             value=count / summary.offered,
             more_is_better=more_is_better,
             counts=(count, summary.offered),
-            draws=mean_draws(sample.flags(of), sample.weights),
         )
     if summary.goodput is not None and summary.duration_s:
-        good = mean_draws(sample.flags(lambda record: record.is_good(objective)), sample.weights)
+        good = mean_draws(np.array([float(record.is_good(objective)) for record in sample.records]), sample.weights)
         yield Figure(
             name="goodput", unit="/s", value=summary.goodput, more_is_better=True, draws=good * summary.offered / summary.duration_s
         )

@@ -17,16 +17,18 @@ from loadtest.result import Cluster, Result, ScheduleFacts, load_result
 from loadtest.summary import summarize
 from loadtest.verdict import verdict
 
+_ABSENT = msgspec.Raw()
+
 
 class _Shape(msgspec.Struct):
     """What tells the formats apart."""
 
     format: str | None = None
-    metadata: msgspec.Raw | None = None
-    metrics: msgspec.Raw | None = None
-    ttfts: msgspec.Raw | None = None
-    request_throughput: msgspec.Raw | None = None
-    benchmarks: msgspec.Raw | None = None
+    metadata: msgspec.Raw = _ABSENT
+    metrics: msgspec.Raw = _ABSENT
+    ttfts: msgspec.Raw = _ABSENT
+    request_throughput: msgspec.Raw = _ABSENT
+    benchmarks: msgspec.Raw = _ABSENT
 
 
 def load_any(path: Path) -> tuple[Result, list[RequestRecord]]:
@@ -39,13 +41,13 @@ def load_any(path: Path) -> tuple[Result, list[RequestRecord]]:
     shape = _shape(file_path)
     if shape.format is not None:
         return load_result(file_path)
-    if shape.benchmarks is not None:
+    if shape.benchmarks != _ABSENT:
         return _imported(guidellm.TOOL, path, guidellm.read(file_path, number))
     if number:
         raise BadInput(f"{path}: only a GuideLLM report has several benchmarks")
-    if shape.ttfts is not None or shape.request_throughput is not None:
+    if shape.ttfts != _ABSENT or shape.request_throughput != _ABSENT:
         return _imported(vllm_bench.TOOL, path, vllm_bench.read(file_path))
-    if shape.metadata is not None and shape.metrics is not None:
+    if shape.metadata != _ABSENT and shape.metrics != _ABSENT:
         return _imported(aiperf.TOOL, path, aiperf.read(file_path))
     raise BadInput(f"{file_path} is no result of `loadtest`, AIPerf (profile_export.jsonl), `vllm bench serve` (JSON) or GuideLLM (JSON)")
 
