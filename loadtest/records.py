@@ -83,6 +83,18 @@ class RequestRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     attempts: int = 1
 
     @property
+    def is_prefilled_on_decode(self) -> bool:
+        """Whether the worker that decoded it had computed its prompt too."""
+        return self.prefill_worker_id in ("", self.decode_worker_id)
+
+    @property
+    def reused_tokens(self) -> int | None:
+        """Of the prompt, those that nobody computed again: what the worker had that computed the rest. None: nobody says."""
+        if not self.decode_worker_id:
+            return self.cached_tokens
+        return self.decode_cached_tokens if self.is_prefilled_on_decode else self.prefill_cached_tokens
+
+    @property
     def lag_s(self) -> float | None:
         """How late it was sent."""
         return None if self.sent_s is None else self.sent_s - self.at_s

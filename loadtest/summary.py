@@ -174,18 +174,18 @@ def _tenants(records: Sequence[RequestRecord], objective: Objective) -> dict[str
 
 def _reuse(completed: Sequence[RequestRecord]) -> tuple[float | None, float | None, float | None, float | None]:
     """From prefill's caches, decode's, any; the request mean. None for what the server did not tell."""
-    told = [record for record in completed if record.cached_tokens is not None and record.input_tokens]
-    input_tokens = sum(record.input_tokens for record in told)
-    cached = sum(record.cached_tokens or 0 for record in told)
-    prefill = sum(record.prefill_cached_tokens for record in told)
-    decode = sum(record.decode_cached_tokens for record in told)
+    told = [(record, record.reused_tokens) for record in completed if record.input_tokens]
+    known = [(record, reused) for record, reused in told if reused is not None]
+    input_tokens = sum(record.input_tokens for record, _ in known)
+    on_decode = sum(reused for record, reused in known if record.is_prefilled_on_decode)
+    total = sum(reused for _, reused in known)
     # A server that counts hits but not where they lay: to say zero for both would be a lie.
-    is_split = bool(prefill or decode or not cached)
+    is_split = any(record.decode_worker_id for record, _ in known) or not total
     return (
-        _ratio(prefill, input_tokens) if is_split else None,
-        _ratio(decode, input_tokens) if is_split else None,
-        _ratio(cached, input_tokens),
-        _ratio(sum((record.cached_tokens or 0) / record.input_tokens for record in told), len(told)),
+        _ratio(total - on_decode, input_tokens) if is_split else None,
+        _ratio(on_decode, input_tokens) if is_split else None,
+        _ratio(total, input_tokens),
+        _ratio(sum(reused / record.input_tokens for record, reused in known), len(known)),
     )
 
 

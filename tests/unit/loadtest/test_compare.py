@@ -100,7 +100,7 @@ def test_worsening_when_the_figure_was_zero_is_without_bounds() -> None:
 def test_compare_when_a_figure_is_missing_on_one_side_has_no_change() -> None:
     before, after = made_records(requests=60), made_records(requests=60)
     for record in after:
-        record.stages, record.cached_tokens, record.prefill_cached_tokens, record.decode_cached_tokens = {}, None, 0, 0
+        record.stages, record.cached_tokens, record.prefill_worker_id, record.decode_worker_id = {}, None, "", ""
     found = compare((made_result(before), before), (made_result(after), after))
     for name in ("reuse", "stage prefill, mean"):
         difference = named(found, name)

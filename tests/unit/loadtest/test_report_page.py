@@ -122,6 +122,7 @@ def test_page_when_a_result_is_bare_leaves_sections_out_and_says_why() -> None:
     for record in records:
         record.stages, record.tenant, record.cached_tokens, record.gaps_s = {}, "", None, ()
         record.prefill_cached_tokens = record.decode_cached_tokens = record.kv_bytes = 0
+        record.prefill_worker_id = record.decode_worker_id = ""
     full = made_result(records, faults=(), extra={}, ceilings=None)
     result = msgspec.structs.replace(full, summary=msgspec.structs.replace(full.summary, kv_bytes_expected=None))
     page = run_page(result, records)
@@ -181,9 +182,9 @@ def test_page_when_probes_have_another_shape_says_which_field() -> None:
 def test_timeline_when_drawn_begins_each_stage_where_the_one_before_it_ended() -> None:
     records = made_records(requests=60)
     for record in records:
-        record.stages = {"prefill_queue": 0.1, "prefill": 0.2, "deliver": 0.05, "decode": 0.3}
+        record.stages = {"prefill_queue": 0.1, "prefill": 0.2, "first_response_hop": 0.05, "decode": 0.3}
     bars = figures(Reader(render(run_page(made_result(records), records))))["timeline-worst"]["data"][0]
-    assert bars["y"] == ["prefill queue", "prefill", "deliver", "decode"]
+    assert bars["y"] == ["prefill queue", "prefill", "first response hop", "decode"]
     assert bars["base"] == pytest.approx([0, 100, 300, 300])
     assert bars["x"] == pytest.approx([100, 200, 50, 300])
 

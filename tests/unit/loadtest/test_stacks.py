@@ -18,8 +18,8 @@ def test_stacks_when_requests_differ_are_means_around_each_percentile() -> None:
 
 
 def test_stacks_when_one_stage_lies_beside_others_counts_it_for_the_first_token_alone() -> None:
-    records = [record(0, 2.0, prefill=1.5, deliver=0.5, decode=3.0)]
-    assert stacks(records, lambda record: record.ttft_s, ttft_stages)["P50"] == {"prefill": 1.5, "deliver": 0.5}
+    records = [record(0, 2.0, prefill=1.5, first_response_hop=0.5, decode=3.0)]
+    assert stacks(records, lambda record: record.ttft_s, ttft_stages)["P50"] == {"prefill": 1.5, "first_response_hop": 0.5}
     assert stacks(records, lambda record: record.e2e_s, e2e_stages)["P50"] == {"prefill": 1.5, "decode": 3.0}
 
 

@@ -85,13 +85,14 @@ def test_is_good_when_the_objective_grows_with_the_prompt_uses_this_prompts() ->
 
 def test_reuse_when_requests_differ_in_length_is_of_tokens_and_the_request_mean_of_requests() -> None:
     found = summary(
-        record(0, input_tokens=1000, cached_tokens=500, prefill_cached_tokens=400, decode_cached_tokens=100),
-        record(1, input_tokens=100, cached_tokens=0),
+        # What decode has too, of a prompt that prefill computes, is not moved; it saves no computing.
+        record(0, input_tokens=1000, prefill_cached_tokens=400, decode_cached_tokens=300, prefill_worker_id="p", decode_worker_id="d"),
+        record(1, input_tokens=100, decode_cached_tokens=50, decode_worker_id="d"),
         record(2, input_tokens=900),  # does not say
     )
-    assert found.reuse == pytest.approx(500 / 1100)
-    assert (found.prefix_reuse, found.decode_reuse) == pytest.approx((400 / 1100, 100 / 1100))
-    assert found.reuse_request_mean == pytest.approx((0.5 + 0.0) / 2)
+    assert found.reuse == pytest.approx(450 / 1100)
+    assert (found.prefix_reuse, found.decode_reuse) == pytest.approx((400 / 1100, 50 / 1100))
+    assert found.reuse_request_mean == pytest.approx((0.4 + 0.5) / 2)
 
 
 def test_reuse_when_a_server_does_not_say_where_hits_lay_is_not_split() -> None:
