@@ -155,7 +155,8 @@ def _prompt(talk: _Conversation, system: tuple[int, int], block_ids: BlockIds, b
         # The answer and a word more have to fit behind what was there.
         talk.input_tokens = max(talk.lengths.pop(), talk.input_tokens + talk.output_tokens + 1)
     missing = -(-talk.input_tokens // block_size) - sum(count for _, count in shared)
-    talk.runs = [*shared, block_ids.take(missing)] if missing else shared
+    assert missing > 0  # the shortest first prompt is longer than the system prompt, a later one than the one before
+    talk.runs = [*shared, block_ids.take(missing)]
 
 
 def _first_blocks(runs: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:

@@ -48,6 +48,14 @@ def test_convert_prints_a_table_with_all_of_it(tmp_path: Path) -> None:
     assert Schedule.load(tmp_path / "out.jsonl").digest[:30] in result.stdout
 
 
+def test_convert_counts_sessions_and_their_later_turns_at_their_earliest(tmp_path: Path) -> None:
+    turns = [{"t": 10 * t, "in": 5, "out": 3, "hash_runs": [1, 1], "think_time": 10 * t} for t in range(2)]
+    session = {"id": "a", "block_size": 4, "tool_tokens": 4, "system_tokens": 0, "requests": turns}
+    (tmp_path / "in.jsonl").write_text(json.dumps(session) + "\n")
+    printed = json.loads(_convert(tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--json").stdout)
+    assert (printed["num_sessions"], printed["span_s"], printed["rate"]) == (1, 10.0, 0.1)
+
+
 def test_convert_when_prompts_are_texts_does_not_say_what_they_share(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "Why?"}\n')
     result = _convert(tmp_path / "in.jsonl", tmp_path / "out.jsonl")

@@ -94,6 +94,18 @@ def test_weka_when_heads_are_equally_long_shares_them(write: Callable[[str], Pat
     assert infinite_reuse(schedule) == (2 + 4) * 4 / (3 * 24 + 26)
 
 
+def test_weka_when_a_head_is_in_pieces_shares_only_the_first(write: Callable[[str], Path]) -> None:
+    # Of a and b the head is cut after its first block; c numbers from 5 on, and comes back to lower numbers later.
+    pieces = [_turn(0, 24, [1, 1, 9, 5])]
+    sessions = [_session("a", *pieces), _session("b", *pieces), _session("c", _turn(0, 24, [5, 6]), _turn(1, 24, [1, 6]))]
+    schedule = weka.read(write(_lines(sessions)))
+    a, b, c, later = ([*schedule.requests[i].block_ids()] for i in range(4))
+    assert [len(ids) for ids in (a, b, c, later)] == [6] * 4
+    assert [len({*a} & {*b}), a[0] == b[0], len({*a, *b} & {*c, *later})] == [1, True, 0]
+    assert later[4:] == c[:2]
+    assert not {*later[:4]} & {*c}
+
+
 def test_weka_when_a_prompt_leaves_the_conversation_keeps_what_is_equal(write: Callable[[str], Path]) -> None:
     turns = [_turn(0, 24, [1, 6]), _turn(5, 30, [1, 7]), _turn(9, 32, [1, 5, 20, 3]), _turn(11, 9, [30, 2])]
     schedule = weka.read(write(_lines([_session("a", *turns)])))
@@ -155,10 +167,12 @@ def test_weka_when_a_session_is_wrong_names_line_and_field(write: Callable[[str]
 
 
 def test_text_later_turns_hold_the_questions_before_and_wait(write: Callable[[str], Path]) -> None:
-    path = write(_lines([{"turns": ["Why?", "Really?"], "question_id": 81}, {"prompt": "Grüße"}, {"text": "x" * 40, "output_tokens": 7}]))
+    path = write(
+        _lines([{"turns": ["Why?", "Really?"], "question_id": 81}, {"prompt": "Größe: 3 €"}, {"text": "x" * 40, "output_tokens": 7}])
+    )
     schedule = text.read(path, block_size=16, rate=2.0, think_s=3.0, output_tokens=30)
-    assert [request.text for request in schedule.requests] == ["Why?", "Why?\n\nReally?", "Grüße", "x" * 40]
-    assert [request.input_tokens for request in schedule.requests] == [1, 4, 2, 10]  # a quarter of 4, 13, 7 and 40 bytes
+    assert [request.text for request in schedule.requests] == ["Why?", "Why?\n\nReally?", "Größe: 3 €", "x" * 40]
+    assert [request.input_tokens for request in schedule.requests] == [1, 4, 4, 10]  # a quarter of 4, 13, 14 and 40 bytes
     assert [request.output_tokens for request in schedule.requests] == [30, 30, 30, 7]
     assert [request.after for request in schedule.requests] == [None, 0, None, None]
     assert [request.session for request in schedule.requests] == ["text-0", "text-0", "", ""]

@@ -11,7 +11,7 @@ import pytest
 
 from loadtest.files import BadInput
 from loadtest.schedule import PlannedRequest, Schedule
-from loadtest.traces.arrivals import Arrivals
+from loadtest.traces.arrivals import Arrivals, arrival_times
 from loadtest.workload_options import Format, WorkloadOptions, detect, load_workload
 
 MOONCAKE = {"timestamp": 3000, "input_length": 600, "output_length": 20, "hash_ids": [1, 2]}
@@ -105,6 +105,16 @@ def test_load_workload_does_things_in_the_order_it_says(files: Callable[[Format]
     assert [request.at_s for request in schedule.requests] == [0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.5]
 
 
+def test_load_workload_when_arrivals_are_asked_for_replaces_the_recorded_ones(files: Callable[[Format], str]) -> None:
+    source = files(Format.MOONCAKE)
+    poisson = load_workload(WorkloadOptions(source=source, rate=20.0, seed=9))
+    assert [request.at_s for request in poisson.requests] == arrival_times(5, rate=20.0, seed=9)
+    bursts = load_workload(WorkloadOptions(source=source, burstiness=0.3))
+    assert [request.at_s for request in bursts.requests] == arrival_times(5, rate=1.0, burstiness=0.3, seed=0)
+    faster = load_workload(WorkloadOptions(source=source, rate=4.0, arrivals=Arrivals.TRACE))
+    assert [request.at_s for request in faster.requests] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
 def test_load_workload_when_nothing_is_left_says_so(files: Callable[[Format], str]) -> None:
     with pytest.raises(BadInput, match=r"no request is left.*at most 600 tokens: 5 requests left out"):
         load_workload(WorkloadOptions(source=files(Format.MOONCAKE), max_model_len=600))
@@ -115,6 +125,8 @@ def test_load_workload_when_generated_for_a_time_fills_it() -> None:
         options = WorkloadOptions(source="generated", seconds=30.0, rate=20.0, burstiness=burstiness, speedup=2.0)
         schedule = load_workload(options)
         assert 28.0 < schedule.requests[-1].at_s < 30.0
+        if burstiness is None:
+            assert len(schedule) == pytest.approx(20.0 * 2.0 * 30.0, rel=0.1)  # three standard deviations
         assert "requests left out" in schedule.source
     # Two bounds: the one that comes first.
     assert len(load_workload(WorkloadOptions(source="generated", seconds=30.0, requests=10))) == 10
