@@ -36,7 +36,7 @@ def over_time(result: Result, records: Sequence[RequestRecord]) -> Section | Non
         Plot("time-attainment", over_time_plots.attainment(records, result.objective, result.faults), "Attainment"),
         Plot("time-open", over_time_plots.open_requests(records, result.faults), "Backlog"),
     )
-    text = "Dotted lines are faults that were made to happen." if result.faults else ""
+    text = "Dotted lines are faults that were made to happen; numbers are those of the table below." if result.faults else ""
     return Section("time", "Over time", text, plots, wide=True)
 
 

@@ -19,11 +19,11 @@ NUM_SLOWEST = 12
 
 def faults(result: Result) -> Section | None:
     rows = tuple(
-        Row((f"{fault.at_s:,.1f} s", fault.kind, fault.worker_id, _seconds(fault.detected_s), _seconds(fault.recovered_s)))
-        for fault in result.faults
+        Row((str(number), f"{fault.at_s:,.1f} s", fault.kind, fault.worker_id, _seconds(fault.detected_s), _seconds(fault.recovered_s)))
+        for number, fault in enumerate(result.faults, 1)
     )
-    head = ("at", "fault", "worker", "detected after", "95 % of goodput after")
-    return Section("faults", "Faults", tables=(Table(head, rows, frozenset({0, 3, 4})),)) if rows else None
+    head = ("no.", "at", "fault", "worker", "detected after", "95 % of goodput after")
+    return Section("faults", "Faults", tables=(Table(head, rows, frozenset({1, 4, 5})),)) if rows else None
 
 
 def stages(completed: Sequence[RequestRecord]) -> Section | None:
@@ -133,7 +133,7 @@ def slowest(completed: Sequence[RequestRecord]) -> Section | None:
         for record in timed[:NUM_SLOWEST]
     )
     head = ("request", "due at", "prompt tokens", "cached", "output tokens", "TTFT", "TPOT", "E2E", "longest stage before it", "workers")
-    return Section("slowest", "Slowest first tokens", tables=(Table(head, rows, frozenset(range(1, 8))),)) if rows else None
+    return Section("slowest", "Slowest first tokens", tables=(Table(head, rows, frozenset({*range(1, 8), 9})),)) if rows else None
 
 
 def errors(records: Sequence[RequestRecord]) -> Section | None:

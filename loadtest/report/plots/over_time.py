@@ -1,6 +1,7 @@
 """What was offered and what came of it while the run went on, with the faults that were made to happen."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from loadtest.report.theme import BLUE, GREEN, ORANGE, PURPLE, VERMILION, figure
 from loadtest.result import FaultMark
 
 MAX_STRETCHES = 60
-MAX_WORDS = 12
+WORDS_SHARE = 0.12
 X_TITLE = "seconds from the start of the run"
 
 
@@ -63,7 +64,8 @@ def open_requests(records: Sequence[RequestRecord], faults: Sequence[FaultMark])
     """How many requests had arrived and not ended."""
     edges_s = stretches(records)
     begun = np.searchsorted(np.sort([record.at_s for record in records if record.sent_s is not None]), edges_s, "right")
-    ended = np.searchsorted(np.sort([record.finished_s for record in records if record.finished_s is not None]), edges_s, "right")
+    ends_s = [record.finished_s for record in records if record.sent_s is not None and record.finished_s is not None]
+    ended = np.searchsorted(np.sort(ends_s), edges_s, "right")
     line = go.Scatter(
         x=edges_s.round(4).tolist(),
         y=(begun - ended).tolist(),
@@ -97,7 +99,13 @@ def _line(edges_s: NDArray[np.float64], values: NDArray[np.float64], name: str, 
 
 
 def _finish(found: Any, edges_s: NDArray[np.float64], faults: Sequence[FaultMark]) -> None:
-    """The same span of time for all plots, and the faults; words of many would lie on one another, and a table has them."""
+    """The same span of time for all plots, and the faults: in words where these have room, else by their number in the table."""
     found.update_xaxes(range=[0, float(edges_s[-1])])
-    for fault in faults:
-        mark_x(found, fault.at_s, f"{fault.kind} {fault.worker_id}" if len(faults) <= MAX_WORDS else "", dash="dot")
+    found.update_yaxes(automargin=False)
+    found.update_layout(margin={"l": 72})  # one moment lies in one place in all three
+    times_s = sorted(fault.at_s for fault in faults)
+    has_room = all(later - earlier >= WORDS_SHARE * edges_s[-1] for earlier, later in pairwise(times_s))
+    for number, fault in enumerate(faults, 1):
+        mark_x(found, fault.at_s, f"{fault.kind} {fault.worker_id}" if has_room else str(number), dash="dot")
+    if faults:  # above their words
+        found.update_layout(legend={"y": 1.12}, margin={"t": 52 if found.layout.showlegend is not False else 30})

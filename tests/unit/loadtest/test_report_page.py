@@ -17,6 +17,7 @@ from loadtest.report.page import Page, render
 from loadtest.report.run_page import run_page
 from loadtest.report.terminal import print_result
 from loadtest.report.text import milliseconds, percent, rate, size, three_digits
+from loadtest.result import FaultMark
 from loadtest.verdict import Verdict
 from tests.unit.loadtest.made_results import made_records, made_result
 
@@ -251,3 +252,12 @@ def test_text_when_numbers_are_large_small_or_missing_keeps_three_digits_and_the
 
 def test_render_when_a_page_has_no_plots_carries_no_script() -> None:
     assert "<script" not in render(Page(title="empty", subtitle=""))
+
+
+def test_page_when_faults_are_close_together_marks_them_by_their_number_in_the_table() -> None:
+    records = made_records(requests=200)
+    faults = tuple(FaultMark(at_s=float(second), kind="kill", worker_id=f"decode-{second}") for second in (1, 2, 8))
+    reader = Reader(render(run_page(made_result(records, faults=faults), records)))
+    assert [note["text"] for note in figures(reader)["time-open"]["layout"]["annotations"]] == ["1", "2", "3"]
+    text = " ".join(reader.text).split()
+    assert text[text.index("decode-8") - 4 : text.index("decode-8")] == ["3", "8.0", "s", "kill"]
