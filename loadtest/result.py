@@ -67,6 +67,53 @@ class FaultMark(msgspec.Struct, frozen=True, kw_only=True):
     recovered_s: float | None = None
 
 
+class Exactness(msgspec.Struct, frozen=True, kw_only=True):
+    """What faults cost in answers, beside a run without.
+
+    lost            accepted and not finished
+    wrong           finished, with other tokens than without faults
+    duplicated      with more tokens than were asked for
+    compared        answers that both runs have
+    leaked_blocks   KV blocks that still belonged to somebody when all was over
+    """
+
+    lost: int
+    wrong: int
+    duplicated: int
+    compared: int
+    leaked_blocks: int
+
+    def problems(self) -> list[str]:
+        """Empty when nothing was lost, wrong, duplicated or leaked."""
+        counts = {"were lost": self.lost, "got wrong answers": self.wrong, "got more tokens than they asked for": self.duplicated}
+        found = [f"{count:,} requests {words}" for words, count in counts.items() if count]
+        if self.leaked_blocks:
+            found.append(f"{self.leaked_blocks:,} KV blocks belonged to somebody after the run")
+        return found
+
+    def __str__(self) -> str:
+        return (
+            f"{self.compared:,} answers compared with those of a run without faults: {self.wrong:,} wrong, {self.duplicated:,} with tokens "
+            f"twice; {self.lost:,} requests lost, {self.leaked_blocks:,} KV blocks leaked"
+        )
+
+
+class CapacityFound(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    rate      requests per second, the highest that kept the goal with every seed; 0: none did
+    fails_at  the lowest above it that did not; None: all did
+    goal      attainment
+    """
+
+    rate: float
+    fails_at: float | None
+    goal: float
+
+    def __str__(self) -> str:
+        above = "nothing higher failed" if self.fails_at is None else f"{self.fails_at:.3g} fails"
+        return f"capacity for an attainment of {self.goal:.0%}: {self.rate:.3g} requests/s ({above})"
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """One run or one simulation."""
 
@@ -85,6 +132,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     summary: Summary
     ceilings: Ceilings | None = None
     faults: tuple[FaultMark, ...] = ()
+    exactness: Exactness | None = None
+    capacity: CapacityFound | None = None
     extra: dict[str, Any] = {}
     records: str = ""  # file beside this one
 

@@ -23,7 +23,8 @@ def faults(result: Result) -> Section | None:
         for number, fault in enumerate(result.faults, 1)
     )
     head = ("no.", "at", "fault", "worker", "detected after", "95 % of goodput after")
-    return Section("faults", "Faults", tables=(Table(head, rows, frozenset({1, 4, 5})),)) if rows else None
+    text = "" if result.exactness is None else f"{result.exactness}."
+    return Section("faults", "Faults", text, tables=(Table(head, rows, frozenset({1, 4, 5})),)) if rows else None
 
 
 def stages(completed: Sequence[RequestRecord]) -> Section | None:
@@ -94,7 +95,8 @@ def by_rate(results: Sequence[Result]) -> Section | None:
     probes = probes_of(results)
     if len({probe.rate for probe in probes}) < 2:
         return None
-    return Section("by-rate", "Attainment against rate", "", (Plot("by-rate-plot", attainment_by_rate(probes)),), wide=True)
+    text = "; ".join(str(result.capacity) for result in results if result.capacity is not None)
+    return Section("by-rate", "Attainment against rate", text, (Plot("by-rate-plot", attainment_by_rate(probes)),), wide=True)
 
 
 def timelines(completed: Sequence[RequestRecord]) -> Section | None:

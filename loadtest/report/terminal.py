@@ -48,18 +48,22 @@ def print_result(console: Console, result: Result, records: Sequence[RequestReco
             f"{len(summary.tenants)} tenants: Jain {summary.jain:.3f}; worst {worst!r}, {percent(tenant.attainment)}", highlight=False
         )
     completed = [record for record in records if record.outcome is Outcome.COMPLETED]
-    for name, found in (
+    for name, stacked in (
         ("TTFT", stacks(completed, lambda record: record.ttft_s, ttft_stages)),
         ("E2E", stacks(completed, lambda record: record.e2e_s, e2e_stages)),
     ):
-        if found:
-            console.print(_stages(name, found))
+        if stacked:
+            console.print(_stages(name, stacked))
     if summary.broke:
         causes = ", ".join(f"{cause.replace('_', ' ')} {count:,}" for cause, count in summary.broke.items())
         console.print(f"what broke the objective: {causes}", highlight=False)
     for fault in result.faults:
-        recovered = "never recovered" if fault.recovered_s is None else f"recovered after {fault.recovered_s:.1f} s"
-        console.print(f"fault at {fault.at_s:.1f} s: {fault.kind} {fault.worker_id}, {recovered}", highlight=False)
+        noticed = "never noticed" if fault.detected_s is None else f"noticed after {fault.detected_s:.1f} s"
+        recovered = "never recovered" if fault.recovered_s is None else f"95 % of goodput after {fault.recovered_s:.1f} s"
+        console.print(f"fault at {fault.at_s:.1f} s: {fault.kind} {fault.worker_id}, {noticed}, {recovered}", highlight=False)
+    for found in (result.exactness, result.capacity):
+        if found is not None:
+            console.print(str(found), highlight=False)
     if result.verdict.valid:
         console.print(Text("valid", style="bold green"))
     for problem in result.verdict.problems:

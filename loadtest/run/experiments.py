@@ -14,7 +14,7 @@ from loadtest.ceilings import Ceilings, ceilings, shared_tokens
 from loadtest.files import BadInput
 from loadtest.metrics import wilson_interval
 from loadtest.records import Outcome, RequestRecord
-from loadtest.result import Cluster, Result, ScheduleFacts, now, this_commit, this_machine, this_version
+from loadtest.result import CapacityFound, Cluster, Exactness, Result, ScheduleFacts, now, this_commit, this_machine, this_version
 from loadtest.run.capacity import Probe, search
 from loadtest.run.discovery import Server
 from loadtest.run.faults import Fault, costs, duplicated, wrong_answers
@@ -25,31 +25,6 @@ from loadtest.summary import summarize
 from loadtest.verdict import Verdict, verdict
 
 Outcomes = tuple[Result, Sequence[RequestRecord]]
-
-
-class Exactness(msgspec.Struct, frozen=True, kw_only=True):
-    """What faults cost in answers, beside a run without.
-
-    lost            accepted and not finished
-    wrong           finished, with other tokens than without faults
-    duplicated      with more tokens than were asked for
-    compared        answers that both runs have
-    leaked_blocks   that still belonged to somebody when all was over
-    """
-
-    lost: int
-    wrong: int
-    duplicated: int
-    compared: int
-    leaked_blocks: int
-
-    def problems(self) -> list[str]:
-        """Empty when nothing was lost, wrong, duplicated or leaked."""
-        counts = {"were lost": self.lost, "got wrong answers": self.wrong, "got more tokens than they asked for": self.duplicated}
-        found = [f"{count:,} requests {words}" for words, count in counts.items() if count]
-        if self.leaked_blocks:
-            found.append(f"{self.leaked_blocks:,} KV blocks belonged to somebody after the run")
-        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +46,11 @@ class Experiment:
                 raise BadInput("--reference: it is of another schedule, or of prompts of another seed")
         self.schedule.save(path)
         measured = await measure(self.schedule, path, self.settings, faults)
-        extra: dict[str, Any] = {}
-        problems: list[str] = []
+        exactness = None
         if faults or reference is not None:
             records = reference[1] if reference is not None else await self._without_faults(path)
             exactness = _exactness(measured, records)
-            extra["exactness"], problems = msgspec.to_builtins(exactness), exactness.problems()
-        return self._result(measured, extra, problems), measured.records
+        return self._result(measured, exactness=exactness), measured.records
 
     async def find_capacity(self, goal: float, folder: Path) -> Outcomes:
         """The result of a run at the highest rate that keeps the goal, with all probes; of the lowest one tried when none does."""
@@ -98,11 +71,9 @@ class Experiment:
 
         found = await search(probe, first_rate=first_rate, goal=goal)
         experiment, measured = last[found.rate or min(last)]
-        extra = {
-            "capacity": {"rate": found.rate, "fails_at": found.fails_at, "goal": goal},
-            "probes": [{**msgspec.to_builtins(one), "n": one.offered} for one in found.probes],
-        }
-        return experiment._result(measured, extra, []), measured.records
+        capacity = CapacityFound(rate=found.rate, fails_at=found.fails_at, goal=goal)
+        probes = [{**msgspec.to_builtins(one), "n": one.offered} for one in found.probes]
+        return experiment._result(measured, capacity=capacity, probes=probes), measured.records
 
     async def _without_faults(self, path: Path) -> Sequence[RequestRecord]:
         self._say("the same again without faults, to compare the answers")
@@ -112,9 +83,12 @@ class Experiment:
         if self.settings.console is not None:
             self.settings.console.print(words, highlight=False, markup=False)
 
-    def _result(self, measured: Measured, extra: dict[str, Any], problems: Sequence[str]) -> Result:
+    def _result(
+        self, measured: Measured, *, exactness: Exactness | None = None, capacity: CapacityFound | None = None, **extra: Any
+    ) -> Result:
         settings, schedule, records = self.settings, self.schedule, measured.records
         cluster = _cluster(settings.server, measured)
+        problems = exactness.problems() if exactness is not None else ()
         found = verdict(records, settings.objective, max_cached_tokens=_possible_hits(schedule, records))
         summary = summarize(
             records,
@@ -145,6 +119,8 @@ class Experiment:
             summary=summary,
             ceilings=_ceilings(schedule, cluster),
             faults=() if measured.watch is None else costs(measured.strikes, measured.watch, records, settings.objective),
+            exactness=exactness,
+            capacity=capacity,
             extra={"prompt_seed": settings.prompt_seed, "senders": settings.num_senders, **extra},
         )
 

@@ -80,7 +80,7 @@ def test_run_when_the_target_is_a_mesh_sees_inside_it(mesh: tuple[str, str], is_
 def test_run_when_workers_are_killed_and_frozen_loses_nothing_and_says_what_it_cost(mesh: tuple[str, str]) -> None:
     target = ["--target", f"grpc://{mesh[0]}"]
     found = run("--seconds", 18, *target, "--fault", "kill:decode,prefill@2/5", "--fault", "freeze=3:decode@14")
-    exactness = found["extra"]["exactness"]
+    exactness = found["exactness"]
     assert exactness["compared"] == found["summary"]["offered"]
     assert (exactness["lost"], exactness["wrong"], exactness["duplicated"], exactness["leaked_blocks"]) == (0, 0, 0, 0)
     kinds = [(mark["kind"], mark["worker_id"].partition("-")[0]) for mark in found["faults"]]
