@@ -21,6 +21,7 @@ from loadtest.schedule import Schedule
 
 RECENT_S = 10.0
 BAR_WIDTH = 40
+NO_BREAK = "\N{NO-BREAK SPACE}"
 COLOURS = ("blue", "cyan", "yellow", "magenta", "green", "red", "bright_black", "bright_blue", "bright_cyan", "bright_magenta")
 SHOWN_STAGES, SHOWN_WORKERS, SHOWN_FAULTS = 8, 16, 6
 
@@ -89,7 +90,8 @@ class LiveView:
         bar, legend = Text("stages  "), Text("        ")
         for colour, name in zip(COLOURS, (name for name in totals if name in largest), strict=False):
             bar.append("█" * round(BAR_WIDTH * 2 * totals[name] / whole), style=colour)
-            legend.append("■ ", style=colour).append(f"{name} {totals[name] / whole:.0%}  ")
+            label = f"{name} {totals[name] / whole:.0%}".replace("_", NO_BREAK).replace(" ", NO_BREAK)
+            legend.append(f"■{NO_BREAK}", style=colour).append(f"{label}  ")
         return Group(bar, legend)
 
     def _workers(self, watch: Watch) -> RenderableType:
