@@ -18,6 +18,15 @@ class BadInput(ValueError):
 
 
 @contextmanager
+def unwrapped() -> Iterator[None]:
+    """Around a task group: what the user did wrong, without the group."""
+    try:
+        yield
+    except* BadInput as group:
+        raise group.exceptions[0] from None
+
+
+@contextmanager
 def open_text(path: Path, mode: Literal["r", "w"]) -> Iterator[IO[str]]:
     """Opens a text file, compressed when its name ends in .gz. Raises BadInput when it cannot be opened, read to its end or written."""
     try:

@@ -50,7 +50,7 @@ class RequestRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     error              its name and text
     answer_digest      of the output tokens (of the text, where a server sends no tokens): equal answers have equal digests
     stages             seconds of each stage in order, of loadtest.stages; empty when the server tells none
-    attempts           on decode workers
+    attempts           on decode workers; prefill_attempts: prefill workers that were asked; steps: of engines that brought tokens
     """
 
     index: int
@@ -81,6 +81,8 @@ class RequestRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     kv_blocks: int = 0
     kv_bytes: int = 0
     attempts: int = 1
+    prefill_attempts: int = 0
+    steps: int = 0
 
     @property
     def is_prefilled_on_decode(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from loadtest.files import BadInput
+from loadtest.files import BadInput, unwrapped
 from loadtest.records import RequestRecord
 from loadtest.run.job import Job, Progress, Start
 from services.mesh.child_process import bound_to_parent
@@ -65,12 +65,10 @@ async def conduct(processes: Sequence[asyncio.subprocess.Process], tally: Tally)
     for process in processes:
         assert process.stdin is not None
         process.stdin.write(line)
-    try:
+    with unwrapped():
         async with asyncio.TaskGroup() as tasks:
             for number, process in enumerate(processes):
                 tasks.create_task(_follow(number, process, tally))
-    except* BadInput as group:
-        raise group.exceptions[0] from None
     tally.records.sort(key=lambda record: record.index)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from loadtest.files import BadInput
+from loadtest.files import BadInput, unwrapped
 from loadtest.records import Objective, Outcome, RequestRecord
 from loadtest.result import FaultMark
 from loadtest.run.watch import Watch
@@ -78,9 +78,13 @@ class Striker:
 
     async def run(self) -> None:
         """Returns when the last one has struck. Raises BadInput for whom it cannot reach."""
-        async with asyncio.TaskGroup() as tasks:
-            for fault in self._faults:
-                tasks.create_task(self._carry_out(fault))
+        known = self._watch.names()
+        for who in [who for fault in self._faults for who in fault.who if who not in known]:
+            raise BadInput(f"--fault: {who!r} is neither a worker nor a role; there are {', '.join(sorted(known))}")
+        with unwrapped():
+            async with asyncio.TaskGroup() as tasks:
+                for fault in self._faults:
+                    tasks.create_task(self._carry_out(fault))
 
     async def _carry_out(self, fault: Fault) -> None:
         at_s, turn = fault.at_s, 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
+from loadtest.files import unwrapped
 from loadtest.records import Objective, Outcome, RequestRecord
 from loadtest.run.conductor import Tally, conduct, senders
 from loadtest.run.discovery import Server
@@ -71,15 +72,12 @@ async def measure(schedule: Schedule, path: Path, settings: Settings, faults: Se
             await watch.seen.wait()
         strikes: list[Strike] = []
         await stack.enter_async_context(_shown(settings, schedule, tally, watch, strikes))
-        striking = asyncio.ensure_future(_strike(faults, watch, tally, arrivals_s, strikes)) if watch is not None and faults else None
-        try:
-            await conduct(processes, tally)
-        finally:
-            if striking is not None:
-                if striking.done():
-                    striking.result()
-                striking.cancel()
-                await asyncio.wait((striking,))
+        with unwrapped():
+            async with asyncio.TaskGroup() as tasks:
+                striking = tasks.create_task(_strike(faults, watch, tally, arrivals_s, strikes)) if faults else None
+                await conduct(processes, tally)
+                if striking is not None:
+                    striking.cancel()
         held = None if watch is None else await watch.wait_settled()
     records = _all_records(schedule, tally.records)
     return Measured(records=records, strikes=strikes, held=held, watch=watch, duration_s=max(arrivals_s, _span_s(records)))

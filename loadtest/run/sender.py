@@ -153,7 +153,7 @@ class Sender:
         record.prefill_worker_id, record.decode_worker_id = field("prefill_worker_id"), field("decode_worker_id")
         record.prefill_cached_tokens, record.decode_cached_tokens = field("prefill_cached_tokens"), field("decode_cached_tokens")
         record.kv_transport, record.kv_blocks, record.kv_bytes = field("kv_transport"), field("kv_blocks"), field("kv_bytes")
-        record.attempts = field("attempts")
+        record.attempts, record.prefill_attempts, record.steps = field("attempts"), field("prefill_attempts"), field("steps")
 
 
 def _outcome(answer: Answer, request: PlannedRequest) -> Outcome:

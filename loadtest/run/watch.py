@@ -63,6 +63,11 @@ class Watch:
         workers = () if self.latest is None else self.latest.workers
         return sorted(w.worker.worker_id for w in workers if role in (w.role, w.worker.worker_id) and w.state == "up")
 
+    def names(self) -> set[str]:
+        """Of all workers, and of their roles."""
+        workers = () if self.latest is None else self.latest.workers
+        return {name for worker in workers for name in (worker.role, worker.worker.worker_id)}
+
     def unnoticed_since(self, worker_id: str, at_s: float) -> float | None:
         """Seconds from `at_s` until the router saw that a worker was not what it had been; None: it has not."""
         for sighting in self.histories.get(worker_id, ()):

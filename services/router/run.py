@@ -70,6 +70,7 @@ class Run:
         num_choices = self.sampling.n
         self._open_choices = set(range(num_choices))
         self._outputs: list[list[int]] = [[] for _ in range(num_choices)]
+        self._num_steps = [0] * num_choices
         self._texts = [
             ChoiceText(tokenizer.detokenizer(), stop=request.stop, min_tokens=self.sampling.min_tokens) for _ in range(num_choices)
         ]
@@ -136,6 +137,7 @@ class Run:
         text, num_tokens, finish_reason = self._texts[choice].push(token_ids, finish_reason)
         self.completion_tokens += num_tokens
         self._outputs[choice] += token_ids
+        self._num_steps[choice] += bool(token_ids)
         if finish_reason is not None:
             self._open_choices.discard(choice)
             if not self._open_choices:
@@ -164,6 +166,7 @@ class Run:
             kv_bytes=facts.kv_bytes,
             attempts=self.attempts,
             prefill_attempts=facts.prefill_attempts,
+            steps=max(self._num_steps),
         )
         cached_tokens = facts.prefill_cached_tokens if facts.prefill_worker_id else facts.decode_cached_tokens
         self.stages.fill(timing, facts)

@@ -88,3 +88,9 @@ def test_run_when_workers_are_killed_and_frozen_loses_nothing_and_says_what_it_c
     # A worker that is killed is missed at once, one that is frozen after its heartbeat has been overdue.
     for mark in found["faults"]:
         assert mark["detected_s"] is not None and mark["detected_s"] < (5.0 if mark["kind"] == "freeze" else 1.5), mark
+
+
+def test_run_when_nobody_has_the_name_of_the_struck_says_who_there_is(mesh: tuple[str, str]) -> None:
+    command = [sys.executable, "-m", "loadtest", "run", *WORKLOAD, "--seconds", "2", "--target", f"grpc://{mesh[0]}", "--fault"]
+    done = subprocess.run([*command, "kill:nobody@1"], cwd=ROOT, capture_output=True, text=True, timeout=60.0)
+    assert done.returncode == 2 and "--fault: 'nobody' is neither a worker nor a role; there are decode, decode-0" in done.stderr

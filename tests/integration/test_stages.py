@@ -122,6 +122,7 @@ def test_stages_when_prefill_computes_the_prompt_add_up_to_the_client_s_times(tr
             await mesh.loads(router)
         assert {each.timing.prefill_worker_id for each in measured} == {"p0"}
         assert {each.timing.prefill_attempts for each in measured} == {1}
+        assert {each.timing.steps for each in measured} <= set(range(2, OUTPUT_TOKENS + 1))
         assert min(min(each.stages["to_prefill"], each.stages["prefill_return"]) for each in measured) > 0.0
         check(measured, transport)
 
