@@ -50,7 +50,8 @@ def _late_sending(records: Sequence[RequestRecord], objective: Objective) -> str
     if not sent:
         return ""
     lags_s, limits_s = np.array(sent).T
-    share = float(np.percentile(lags_s / limits_s, 99))
+    # An objective of nothing (all of it per token, and a prompt without any) permits no lag, and no division either.
+    share = float(np.percentile(lags_s / np.maximum(limits_s, 1e-9), 99))
     if share <= MAX_LAG_SHARE:
         return ""
     return (

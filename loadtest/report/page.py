@@ -105,8 +105,8 @@ def render(page: Page) -> str:
         tiles=page.tiles,
         sections=page.sections,
         left_out=page.left_out,
-        # Inside a script element only "</" could end it too early; names in a result file are anybody's.
-        figures=Markup(figures.replace("</", "<\\/")) if plots else "",
+        # Names in a result file are anybody's; to_json() writes "<" as an escape, so that none of them ends the script element.
+        figures=Markup(figures) if plots else "",
         plotly_js=Markup(get_plotlyjs()),
     )
 

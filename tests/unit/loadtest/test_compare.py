@@ -8,6 +8,8 @@ import pytest
 from loadtest.files import BadInput
 from loadtest.records import Outcome
 from loadtest.report.compare import Comparison, Difference, compare
+from loadtest.report.judge import judged_by
+from loadtest.verdict import Verdict
 from tests.unit.loadtest.made_results import made_records, made_result
 
 
@@ -31,6 +33,8 @@ def test_compare_when_everything_takes_a_tenth_longer_finds_it(digest: str) -> N
     assert tpot.change == pytest.approx(0.1 * tpot.before, rel=0.15)
     assert tpot.low < 0.1 * tpot.before < tpot.high
     assert {"TPOT mean", "TPOT p50"} <= {difference.name for difference in found.worse(0.05)}
+    # A stage may grow while the whole does not: it explains, and does not fail anybody.
+    assert not [difference for difference in found.worse(0.0) if difference.name.startswith("stage")]
     assert not [difference for difference in found.worse(0.15) if difference.name.startswith("TPOT mean")]
 
 
@@ -71,9 +75,20 @@ def test_compare_when_a_run_is_invalid_warns_with_the_problem() -> None:
 def test_compare_when_the_objectives_differ_judges_both_by_the_first() -> None:
     records = made_records(requests=100)
     before = made_result(records)
-    after = msgspec.structs.replace(before, objective=msgspec.structs.replace(before.objective, ttft_s=1e-6), name="new")
+    after = judged_by(before, records, msgspec.structs.replace(before.objective, ttft_s=1e-6))
+    assert after.summary.attainment == 0.0
     difference = named(compare((before, records), (after, records)), "attainment")
     assert difference.before == difference.after == before.summary.attainment
+
+
+def test_judged_by_when_the_run_had_other_problems_keeps_them_and_judges_the_lag_anew() -> None:
+    records = made_records(requests=100)
+    result = made_result(records, verdict=Verdict(valid=False, problems=("wrong tokens",)))
+    strict = judged_by(result, records, msgspec.structs.replace(result.objective, ttft_s=0.001))
+    assert [problem[:19] for problem in strict.verdict.problems] == ["the sender was late", "wrong tokens"]
+    again = judged_by(strict, records, result.objective)
+    assert again.verdict == result.verdict
+    assert again.summary == result.summary
 
 
 def test_compare_when_many_requests_fail_marks_the_share_by_newcombes_interval() -> None:

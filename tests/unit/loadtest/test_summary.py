@@ -106,6 +106,11 @@ def test_tokens_per_worker_when_answers_end_after_the_schedule_counts_until_the_
     assert summary(record(0)).tokens_per_worker_s is None
 
 
+def test_span_when_the_last_answer_ends_before_the_last_arrival_is_that_of_the_schedule() -> None:
+    found = summary(record(0), RequestRecord(index=1, at_s=10.0), num_workers=1)
+    assert (found.span_s, found.achieved_rate, found.tokens_per_worker_s) == (10.0, 0.1, 1.1)
+
+
 def test_tenants_when_one_fares_worse_shows_in_attainment_and_jain() -> None:
     late = {"first_token_s": 9.0, "last_token_s": 9.5}
     found = summary(record(0, tenant="a"), record(1, tenant="a"), record(2, tenant="b"), record(3, tenant="b", **late))

@@ -33,6 +33,8 @@ def test_verdict_when_the_objective_grows_with_the_prompt_holds_the_lag_against_
     objective = Objective(ttft_s=0.0, ttft_per_token_s=0.01)
     assert verdict([record(0, sent_s=0.02, input_tokens=1000)], objective).valid
     assert not verdict([record(0, sent_s=0.02, input_tokens=100)], objective).valid
+    assert verdict([record(0, input_tokens=0)], objective).valid
+    assert not verdict([record(0, sent_s=0.02, input_tokens=0)], objective).valid
 
 
 def test_verdict_when_an_arrival_was_not_sent_is_invalid() -> None:
