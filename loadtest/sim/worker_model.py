@@ -35,9 +35,13 @@ class WorkerModel:
     max_num_seqs: int
     decodes_first_token: bool
 
-    def step_s(self, chunks: Sequence[Chunk], num_decoding: int, used_blocks: int) -> float:
-        """Seconds of one step."""
-        seconds = self.step.seconds(num_decoding, used_blocks, self.num_blocks) if num_decoding else 0.0
+    def step_s(self, chunks: Sequence[Chunk], num_decoding: int, context_blocks: float) -> float:
+        """Seconds of one step.
+
+        context_blocks   that the decoding sequences read: blocks that are reserved, cached or of prompts being computed cost a step
+                         nothing, and one that two sequences share is read twice
+        """
+        seconds = self.step.seconds(num_decoding, context_blocks, self.num_blocks) if num_decoding else 0.0
         if not chunks:
             return seconds
         if self.pools_chunks:
