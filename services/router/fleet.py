@@ -190,6 +190,7 @@ class Fleet:
                 cached_tokens=outcome.cached_tokens,
                 seconds=outcome.prefill_s,
                 now_s=now_s,
+                beside_s=worker.beside_s(item) if worker is planned else 0.0,
             )
         decode = item.decode
         if decode is not None and decode.row is not None and outcome.kv_blocks:

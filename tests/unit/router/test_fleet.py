@@ -65,6 +65,24 @@ def test_backlog_when_dispatched_counts_at_once_and_not_twice_when_reported() ->
     assert queue_s(fleet, 0.2) == pytest.approx(1.5 * PROMPT_S)
 
 
+def test_backlog_when_the_first_of_several_is_half_computed_is_still_so_when_it_is_done() -> None:
+    fleet = make_fleet(prefill=1, num_running=40)
+    items = [fleet.dispatched(route(fleet, PROMPT), 0.0) for _ in range(3)]
+    # Computed in order: the first is done, of the second one half is.
+    fleet.report("prefill-0", Load(uncomputed_prompt_tokens=1024 + 2048), 0.1)
+    fleet.first_token(items[0], 0.1)
+    assert queue_s(fleet, 0.1) == pytest.approx(1.5 * PROMPT_S)
+    fleet.failed(items[1], 0.1)
+    assert queue_s(fleet, 0.1) == pytest.approx(PROMPT_S)
+
+
+def test_backlog_when_a_report_has_what_was_sent_just_now_does_not_count_it_twice() -> None:
+    fleet = make_fleet(prefill=1, num_running=40)
+    fleet.dispatched(route(fleet, PROMPT), 0.0)
+    fleet.report("prefill-0", Load(uncomputed_prompt_tokens=2048), 0.01)
+    assert queue_s(fleet, 0.01) == pytest.approx(PROMPT_S)
+
+
 def test_backlog_of_other_routers_is_added_to_ours() -> None:
     fleet = make_fleet(prefill=1, num_running=40)
     fleet.dispatched(route(fleet, PROMPT), 0.0)

@@ -443,7 +443,7 @@ def poisson(mesh: TinyMesh, *, per_s: float, start_s: float, end_s: float, promp
 def test_worker_slowed_three_times_loses_traffic_within_50_requests_and_regains_it(utilisation: float) -> None:
     mesh = TinyMesh(prefill=4, decode=4)
     per_s = utilisation * 4 / (PREFILL_S + 1024 * PREFILL_S_PER_TOKEN)
-    slow_from_s, slow_to_s, end_s = 20.0, 50.0, 140.0
+    slow_from_s, slow_to_s, end_s = 20.0, 50.0, 240.0  # so long that the share after it is known to a few hundredths
     poisson(mesh, per_s=per_s, start_s=0.0, end_s=end_s, prompt_tokens=1024)
     mesh.at(slow_from_s, lambda: mesh.slow_down("prefill-0", 3.0))
     mesh.at(slow_to_s, lambda: mesh.slow_down("prefill-0", 1.0))
