@@ -173,6 +173,12 @@ class TrackedWorker:
         """Predicted for the prompts that it may have computed together with this one."""
         return item.beside_s + self.sent_s - item.sent_before_s
 
+    def ridden_step_s(self) -> float:
+        """Of a prompt computed here, with whose first chunk others decoded: the seconds that this step of theirs takes."""
+        if self.role is not Role.DECODE or self.row is None or self.num_requests < 2:
+            return 0.0
+        return self.table.columns.item(TPOT_S, self.row)
+
     def prompt_computed(self, item: InFlight, now_s: float) -> None:
         del self.prompts[item]
         # The rest is still to be computed, as far as known from here.

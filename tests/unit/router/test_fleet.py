@@ -119,6 +119,23 @@ def test_backlog_of_a_request_that_waits_on_decode_is_kept_when_prefill_does_not
     assert queue_s(fleet, 0.2) == pytest.approx(PROMPT_S)
 
 
+def test_prompt_computed_on_decode_is_not_charged_with_the_step_of_the_others() -> None:
+    fleets = [make_fleet(model=CostModel.learnt(block_bytes=1), num_running=n) for n in (0, 40)]
+    factors = []
+    for fleet in fleets:
+        for i in range(20):
+            chosen = route(fleet, RouteRequest(prompt_tokens=2048, must_be_local=True))
+            item = fleet.dispatched(chosen, 0.1 * i)
+            step_s = chosen.predicted_tpot_s if fleet is fleets[1] else 0.0
+            outcome = PrefillOutcome(
+                worker_id=chosen.decode_worker_id, queue_s=0.0, prefill_s=0.04 + step_s, new_tokens=2048, cached_tokens=0
+            )
+            fleet.prefill_done(item, outcome, 0.1 * i + 0.05)
+            fleet.finished(item, 0.1 * i + 0.06, output_tokens=1)
+        factors.append(fleet.model.prefill.seconds(2048, 0))
+    assert factors[1] == pytest.approx(factors[0], rel=0.1)
+
+
 # Decode
 
 
