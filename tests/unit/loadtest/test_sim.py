@@ -36,6 +36,7 @@ def _model(**changes: object) -> WorkerModel:
         chunk_tokens=16,
         max_num_seqs=8,
         decodes_first_token=True,
+        block_bytes=1000,
     )
     return dataclasses.replace(model, **changes)  # type: ignore[arg-type]
 
@@ -66,6 +67,12 @@ def test_first_token_when_prefill_samples_it_is_there_with_the_prompt() -> None:
     (record,) = _simulate(_request(0.0, 20, 3, 0), policy=Policy.ROUND_ROBIN, model=_model(decodes_first_token=False)).records
     assert record.first_token_s == pytest.approx(0.040)
     assert record.finished_s == pytest.approx(0.050)
+
+
+def test_overhead_comes_before_all_that_workers_do() -> None:
+    (record,) = _simulate(_request(1.0, 20, 3, 0), policy=Policy.ROUND_ROBIN, overhead_s=0.25).records
+    assert record.at_s == 1.0
+    assert record.ttft_s == pytest.approx(0.25 + 0.045)
 
 
 def test_single_token_when_prefill_samples_it_needs_no_step() -> None:
