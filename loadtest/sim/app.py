@@ -1,8 +1,9 @@
 """`loadtest sim`: replays a trace before simulated workers and says what each request waited for."""
 
 import dataclasses
-import enum
 import json
+import resource
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +17,13 @@ from loadtest.ceilings import Ceilings, ceilings
 from loadtest.files import BadInput
 from loadtest.metrics import distribution
 from loadtest.sim.simulation import Policy, RouterModel, Simulation, simulate
-from loadtest.sim.worker_model import declared
+from loadtest.sim.worker_model import declared, fitted
 from loadtest.traces import mooncake
 
 REPORT_FORMAT = "baton.sim/1"
 
 
-class Model(enum.StrEnum):
-    DECLARED = "declared"
+DECLARED, FITTED = "declared", "fitted:"
 
 
 def sim(
@@ -32,7 +32,10 @@ def sim(
     decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 8,
     policy: Annotated[Policy, typer.Option(help="Who chooses workers.")] = Policy.BATON,
     speedup: Annotated[float, typer.Option(min=1e-6, help="Arrivals come so many times as fast as recorded.")] = 1.0,
-    worker_model: Annotated[Model, typer.Option(help="How long steps take.")] = Model.DECLARED,
+    worker_model: Annotated[
+        str, typer.Option(help='How long steps take: "declared", or the file of `baton bench profile`, with "fitted:" before it or not.')
+    ] = DECLARED,
+    overhead_ms: Annotated[float, typer.Option(min=0.0, help="What calls and wake-ups add to a request before decode has it.")] = 0.0,
     router_model: Annotated[
         RouterModel, typer.Option(help="What the router knows of the workers' speed: it learns it, as it does in a mesh, or is told it.")
     ] = RouterModel.LEARNT,
@@ -50,7 +53,13 @@ def sim(
         if requests is not None:
             schedule = schedule.first(num_requests=requests)
         schedule = schedule.with_speedup(speedup)
-        model = dataclasses.replace(declared(), block_size=block_size)
+        if worker_model == DECLARED:
+            model = dataclasses.replace(declared(), block_size=block_size)
+        else:
+            model = fitted(Path(worker_model.removeprefix(FITTED)))
+            if block_size % model.block_size:
+                raise BadInput(f"the trace's blocks of {block_size} tokens are no multiple of the workers', which have {model.block_size}")
+            schedule = schedule.shrunk(block_size // model.block_size)
         started = time.perf_counter()
         simulation = simulate(
             schedule,
@@ -60,6 +69,7 @@ def sim(
             policy=policy,
             router_model=router_model,
             max_local_tokens=max_local_tokens,
+            overhead_s=overhead_ms / 1e3,
         )
         wall_s = time.perf_counter() - started
     except BadInput as error:
@@ -96,8 +106,15 @@ def _report(simulation: Simulation, wall_s: float, ceiling: Ceilings) -> dict[st
         "preemptions": sum(worker.num_preemptions for worker in simulation.workers),
         "virtual_s": simulation.virtual_s,
         "wall_s": wall_s,
+        "peak_rss_mb": _peak_rss_mb(),
         "events": simulation.num_events,
     }
+
+
+def _peak_rss_mb() -> float:
+    """Of this process so far, in 10^6 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def _milliseconds(seconds: Sequence[float]) -> dict[str, float] | None:
@@ -122,4 +139,4 @@ def _print(report: dict[str, Any]) -> None:
         if (row := report[key]) is not None:
             table.add_row(label, *(f"{row[name]:,.1f}" for name in ("mean", "p50", "p90", "p99")))
     console.print(table)
-    console.print(f"{report['virtual_s']:,.0f} s of virtual time in {report['wall_s']:.1f} s")
+    console.print(f"{report['virtual_s']:,.0f} s of virtual time in {report['wall_s']:.1f} s, {report['peak_rss_mb']:,.0f} MB of memory")

@@ -58,10 +58,11 @@ class SimRecord:
 
 
 class SimMesh:
-    """The way of requests between a router and workers."""
+    """The way of requests between a router and workers. `overhead_s`: from the router's decision until decode has the request."""
 
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: Events, *, overhead_s: float = 0.0) -> None:
         self._events = events
+        self._overhead_s = overhead_s
         self._workers: dict[str, SimWorker] = {}
         self._router: SimRouter | None = None
         self._schedule: Schedule | None = None
@@ -121,7 +122,11 @@ class SimMesh:
             self.ended(record)
             return
         prefill = None if ticket.prefill_worker_id is None else self._workers[ticket.prefill_worker_id]
-        _Run(self, self._events, self._router, prompt, ticket, record, self._workers[ticket.decode_worker_id], prefill)
+        run = _Run(self, self._events, self._router, prompt, ticket, record, self._workers[ticket.decode_worker_id], prefill)
+        if self._overhead_s:
+            self._events.at(self._events.now_s + self._overhead_s, run.begin)
+        else:
+            run.begin()
 
     def ended(self, record: SimRecord) -> None:
         """A request is over: its session's next turn is planned."""
@@ -159,7 +164,10 @@ class _Run:
             purpose=Purpose.GENERATE if prefill is None else Purpose.RECEIVE,
             has_first=not decodes_first,
         )
-        decode.submit(self._here)
+
+    def begin(self) -> None:
+        """The request has come to decode."""
+        self._decode.submit(self._here)
 
     # Of the sequence on decode
 

@@ -48,10 +48,12 @@ def simulate(
     policy: Policy = Policy.BATON,
     router_model: RouterModel = RouterModel.LEARNT,
     max_local_tokens: int | None = None,
+    overhead_s: float = 0.0,
 ) -> Simulation:
     """Runs a schedule to its end.
 
     max_local_tokens   as the router's setting of that name
+    overhead_s         from the router's decision until decode has the request
     Raises BadInput when the blocks of schedule and workers differ, or a request fits on no worker.
     """
     if schedule.block_size != model.block_size:
@@ -63,7 +65,7 @@ def simulate(
                 f"request {index} has {request.input_tokens} + {request.output_tokens} tokens, a worker's KV memory holds {capacity}"
             )
     events = Events()
-    mesh = SimMesh(events)
+    mesh = SimMesh(events, overhead_s=overhead_s)
     prefill = [SimWorker(f"prefill-{index}", model, events, on_step=mesh.stepped) for index in range(num_prefill)]
     decode = [SimWorker(f"decode-{index}", model, events, on_step=mesh.stepped) for index in range(num_decode)]
     router: SimRouter

@@ -103,6 +103,7 @@ class SimWorker:
         self._orders = count()
         self._prefilling: list[SimSequence] = []  # by order
         self._decoding: dict[SimSequence, None] = {}
+        self._context_tokens = 0  # of all that decode, their prompts' and those they have made
         self._new: list[SimSequence] = []  # decode from the next step on
         self._num_reserved = 0
         # Plans of decoding sequences, by the number of the step at which they come due: (step, tie, life, sequence).
@@ -207,7 +208,8 @@ class SimWorker:
             return
         chunks = [Chunk(num_tokens, sequence.num_computed) for sequence, num_tokens in self._chunks]
         self._began_s = self._events.now_s
-        self._step_s = self.model.step_s(chunks, len(self._decoding), self.pool.num_owned)
+        # A stretch grows by a block or so before somebody needs one more: its first step stands for all of them.
+        self._step_s = self.model.step_s(chunks, len(self._decoding), self._context_tokens / self.model.block_size)
         for sequence in new:
             if sequence in self._decoding:  # not put back at once
                 self._events.at(self._began_s + self._step_s, sequence.owner.first_step_done)
@@ -224,8 +226,9 @@ class SimWorker:
         if self._decoding:
             self._step_number += num_steps
             self.num_decode_tokens += num_steps * len(self._decoding)
+            self._context_tokens += num_steps * len(self._decoding)
             while (ended := self._due(self._ends)) is not None:
-                del self._decoding[ended]
+                self._leave(ended)
                 self._finish(ended)
         for sequence, num_tokens in self._chunks:
             self._computed(sequence, num_tokens)
@@ -308,8 +311,14 @@ class SimWorker:
         sequence.life += 1
         sequence.begun_at_step = self._step_number
         self._decoding[sequence] = None
+        self._context_tokens += sequence.prompt_tokens
         heapq.heappush(self._ends, (self._step_number + sequence.decode_steps, sequence.order, sequence.life, sequence))
         self._plan_growth(sequence)
+
+    def _leave(self, sequence: SimSequence) -> None:
+        """It decodes no longer."""
+        del self._decoding[sequence]
+        self._context_tokens -= sequence.prompt_tokens + self._step_number - sequence.begun_at_step
 
     def _plan_growth(self, sequence: SimSequence) -> None:
         """The step for which it needs one block more: token i of its continuation is fed in step i, and needs room."""
@@ -352,7 +361,7 @@ class SimWorker:
         self.num_preemptions += 1
         # The token that is to be fed next is computed with the rest, and that gives the one after it.
         made = self._step_number - sequence.begun_at_step + sequence.has_first
-        del self._decoding[sequence]
+        self._leave(sequence)
         self.pool.release(sequence.block_ids)
         sequence.life += 1
         sequence.block_ids = []

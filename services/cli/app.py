@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from services.cli.bench import bench
 from services.cli.demo import demo
 from services.cli.generate import generate
 from services.cli.top import top
@@ -17,6 +18,7 @@ from services.core.errors import BatonError, ConfigurationError, InvalidRequest
 app = typer.Typer(name="baton", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (up, generate, top, demo):
     app.command()(command)
+app.add_typer(bench)
 
 
 @app.callback()

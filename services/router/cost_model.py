@@ -3,6 +3,7 @@
 A *shape* tells the seconds of a piece of work on a typical worker; every observation of every worker teaches it. A worker adds nothing
 but a factor for each kind of work, its *slowness*: one number is known after a handful of requests, a curve of its own after hundreds.
 A factor that is not observed drifts back to the fleet's median, where new workers start: a worker that was slow once is tried again.
+It differs from that median only as far as noise does not explain it: of equal workers each would be avoided for a while otherwise.
 
     seconds of (work, worker) = shape(work) × slowness(worker)
 
@@ -21,6 +22,8 @@ Floats = npt.NDArray[np.float64]
 HALF_LIFE_S = 10.0  # of what is known about a worker that does no work: long beside a request, short beside an operator's patience
 # A single hiccup may move a factor by a sixth; each further surprise in the same direction counts twice as much as the one before it.
 SURPRISE = 0.35  # in log units: a factor of 1.4
+MAX_EXPLAINED = 3.0  # whoever takes longer than that by far is slow, however many were there
+GAIN = 0.2  # of an observation that is no surprise
 MAX_LOG_FACTOR = math.log(1e4)
 
 PRIOR_BYTES_PER_S = 1e9  # a plain TCP socket, until transfers have been seen
@@ -36,7 +39,7 @@ class PrefillShape(Protocol):
 
     def seconds(self, new_tokens: int, cached_tokens: int) -> float: ...
 
-    def observe(self, new_tokens: int, cached_tokens: int, seconds: float) -> None: ...
+    def observe(self, new_tokens: int, cached_tokens: int, seconds: float, *, weight: float = 1.0) -> None: ...
 
 
 class StepShape(Protocol):
@@ -64,13 +67,14 @@ class RelativeFit:
         self._moment = np.zeros(len(prior))
         self._num_observations = 0
 
-    def observe(self, features: tuple[float, ...], seconds: float) -> None:
-        """Takes `seconds` > 0 for a piece of work whose features are >= 0."""
+    def observe(self, features: tuple[float, ...], seconds: float, *, weight: float = 1.0) -> None:
+        """Takes `seconds` > 0 for a piece of work whose features are >= 0. `weight`, 0 … 1: how much it says, beside others."""
         predicted = sum(c * f for c, f in zip(self.coefficients, features, strict=True))
         row = np.array(features) / seconds
         # In relative terms work that took far less than predicted would outweigh all else: most likely it was cut short.
-        weight = 1.0 if predicted <= 2.0 * seconds or not self._num_observations else (2.0 * seconds / predicted) ** 3
-        fade = 1.0 - 1.0 / self.MEMORY
+        if predicted > 2.0 * seconds and self._num_observations:
+            weight *= (2.0 * seconds / predicted) ** 3
+        fade = 1.0 - weight / self.MEMORY
         self._gram = fade * self._gram + weight * np.outer(row, row)
         self._moment = fade * self._moment + weight * row
         self._num_observations += 1
@@ -107,8 +111,8 @@ class LearntPrefill:
         constant, per_token, per_pair = self._fit.coefficients
         return constant + new_tokens * (per_token + per_pair * (new_tokens + 2 * cached_tokens))
 
-    def observe(self, new_tokens: int, cached_tokens: int, seconds: float) -> None:
-        self._fit.observe((1.0, float(new_tokens), float(new_tokens * (new_tokens + 2 * cached_tokens))), seconds)
+    def observe(self, new_tokens: int, cached_tokens: int, seconds: float, *, weight: float = 1.0) -> None:
+        self._fit.observe((1.0, float(new_tokens), float(new_tokens * (new_tokens + 2 * cached_tokens))), seconds, weight=weight)
 
 
 class DeclaredPrefill:
@@ -123,7 +127,7 @@ class DeclaredPrefill:
         full, rest = divmod(new_tokens, self._chunk_tokens)
         return full * self._full_chunk_s + (self._chunk_s(rest) if rest else 0.0)
 
-    def observe(self, new_tokens: int, cached_tokens: int, seconds: float) -> None:
+    def observe(self, new_tokens: int, cached_tokens: int, seconds: float, *, weight: float = 1.0) -> None:
         """Declared is declared."""
 
     def _chunk_s(self, tokens: int) -> float:
@@ -168,6 +172,7 @@ class Slowness:
         self._log: Floats = np.zeros(0)
         self._observed_s: Floats = np.full(0, -np.inf)  # -inf: never
         self._surprises: list[int] = []  # in a row; negative: towards faster
+        self._noise = 0.0  # mean square of what an observation differs by from the factor so far, over the fleet
         self.median_log = 0.0
 
     def resize(self, factor: Floats) -> None:
@@ -188,20 +193,35 @@ class Slowness:
         """The factor of one worker over the fleet's."""
         return float(self.factor[row]) / math.exp(self.median_log)
 
-    def observe(self, row: int, ratio: float, now_s: float) -> None:
-        """Takes observed seconds over the shape's; > 0."""
+    def observe(self, row: int, ratio: float, now_s: float, *, at_most: float = 1.0) -> None:
+        """Takes observed seconds over the shape's; > 0.
+
+        at_most   the shape's seconds with all that may have been done at the same time, over those without; >= 1
+        """
         log = self._faded(row, now_s)
         error = math.log(ratio) - log
+        if error > 0.0 and at_most > 1.0:
+            # Faster than expected is always true; of slower the others explain a half, and the more they may explain the less it says.
+            error = max(0.0, error - math.log(0.5 * (1.0 + min(at_most, MAX_EXPLAINED)))) / at_most
+            self._set(row, log + GAIN * min(SURPRISE, error), now_s)
+            return
+        # Whoever is as slow as never seen before is no noise.
+        self._noise += 0.02 * (min(error * error, SURPRISE * SURPRISE) - self._noise)
         if abs(error) <= SURPRISE:
             self._surprises[row] = 0
-            log += 0.2 * error
+            log += GAIN * error
         else:
             sign, before = (1 if error > 0.0 else -1), self._surprises[row]
             count = self._surprises[row] = max(-8, min(8, before + sign if before * sign >= 0 else sign))
             step = SURPRISE * 2.0 ** (abs(count) - 1)
             log += 0.5 * max(-step, min(step, error))
+        self._set(row, log, now_s)
+
+    def _set(self, row: int, log: float, now_s: float) -> None:
         log = max(-MAX_LOG_FACTOR, min(MAX_LOG_FACTOR, log))
-        self._log[row], self._observed_s[row], self.factor[row] = log, now_s, math.exp(log)
+        self._log[row], self._observed_s[row] = log, now_s
+        deviation = log - self.median_log
+        self.factor[row] = math.exp(self.median_log + deviation * float(self._believed(np.float64(deviation * deviation))))
 
     def drift(self, now_s: float) -> None:
         """Moves all factors towards the fleet's median as far as they have not been observed lately."""
@@ -209,7 +229,16 @@ class Slowness:
         if known.any():
             self.median_log = float(np.median(self._log[known]))
         fade = np.exp2((self._observed_s - now_s) * (1.0 / HALF_LIFE_S))
-        np.exp(self.median_log + (self._log - self.median_log) * fade, out=self.factor)
+        deviation = self._log - self.median_log
+        np.exp(self.median_log + deviation * self._believed(deviation * deviation) * fade, out=self.factor)
+
+    def _believed(self, squares: npt.NDArray[np.float64] | np.float64) -> npt.NDArray[np.float64] | np.float64:
+        """The share of deviations from the median, given by their squares, that noise does not explain.
+
+        Source: the positive-part estimator of James and Stein 1961, with the variance that moving by GAIN leaves of an observation's.
+        """
+        variance = self._noise * GAIN / (2.0 - GAIN)
+        return np.maximum(0.0, 1.0 - variance / np.maximum(squares, 1e-12))
 
     def _faded(self, row: int, now_s: float) -> float:
         age_s = now_s - float(self._observed_s[row])
@@ -300,16 +329,23 @@ class WorkerCosts:
             for slowness in self._all:
                 slowness.drift(now_s)
 
-    def observe_prefill(self, row: int, *, new_tokens: int, cached_tokens: int, seconds: float, now_s: float) -> None:
-        """A prompt was computed, its time in the queue not counted."""
+    def observe_prefill(
+        self, row: int, *, new_tokens: int, cached_tokens: int, seconds: float, now_s: float, beside_s: float = 0.0
+    ) -> None:
+        """A prompt was computed, its time in the queue not counted.
+
+        beside_s   predicted for the prompts of which parts may have been computed in the same steps: a step ends for all at once
+        """
         if not self._model.learns or new_tokens <= 0 or cached_tokens < 0 or not _is_duration(seconds):
             return
         shape = self._model.prefill
         # The shape is the typical worker's: a slow worker's seconds are brought to its scale first.
-        shape.observe(new_tokens, cached_tokens, seconds / self.prefill.relative(row))
+        alone_s = shape.seconds(new_tokens, cached_tokens) * self.prefill.factor.item(row)
+        at_most = 1.0 + beside_s / alone_s if alone_s > 0.0 else 1.0
+        shape.observe(new_tokens, cached_tokens, seconds / self.prefill.relative(row), weight=1.0 / at_most)
         expected_s = shape.seconds(new_tokens, cached_tokens)
         if expected_s > 0.0:  # a fit may have lost all terms that this work has
-            self.prefill.observe(row, seconds / expected_s, now_s)
+            self.prefill.observe(row, seconds / expected_s, now_s, at_most=at_most)
 
     def observe_steps(self, row: int, *, running: float, used_blocks: float, total_blocks: float, seconds: float, now_s: float) -> None:
         """Decode steps of about `running` sequences took `seconds` each."""

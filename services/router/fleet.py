@@ -181,22 +181,25 @@ class Fleet:
         if planned is not None and outcome.worker_id not in (planned.worker_id, item.route.decode_worker_id, *outcome.failed):
             self._blame([planned.worker_id], now_s)
         self._blame(outcome.failed, now_s)
-        worker = self._workers.get(outcome.worker_id)
+        worker, prefill_s = self._workers.get(outcome.worker_id), outcome.prefill_s
         if worker is not None and worker.row is not None:
             worker.failures = 0
+            # The step that others made meanwhile is none of the prompt's; half of what was measured is left, were that estimate wrong.
+            prefill_s = max(0.5 * prefill_s, prefill_s - worker.ridden_step_s())
             worker.table.costs.observe_prefill(
                 worker.row,
                 new_tokens=outcome.new_tokens,
                 cached_tokens=outcome.cached_tokens,
-                seconds=outcome.prefill_s,
+                seconds=prefill_s,
                 now_s=now_s,
+                beside_s=worker.beside_s(item) if worker is planned else 0.0,
             )
         decode = item.decode
         if decode is not None and decode.row is not None and outcome.kv_blocks:
             decode.table.costs.observe_transfer(
                 decode.row, num_blocks=outcome.kv_blocks, seconds=outcome.transfer_s, tail_s=outcome.tail_s, now_s=now_s
             )
-        known_s = outcome.decode_queue_s + outcome.queue_s + outcome.prefill_s + outcome.tail_s
+        known_s = outcome.decode_queue_s + outcome.queue_s + prefill_s + outcome.tail_s
         self.model.note_overhead(now_s - item.dispatched_s - known_s, is_local=outcome.worker_id == item.route.decode_worker_id)
 
     def first_token(self, item: InFlight, now_s: float) -> None:

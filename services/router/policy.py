@@ -5,7 +5,8 @@
                               + compute(p) once more, and a share of the transfer that is hidden        paid by those who come after
     cost(d alone)             = wait(d) + backlog(d) + compute(d) + call                                predicted TTFT
                               + output tokens × (the same)
-                              + compute(d) once more + requests that run on d × compute(d)              they stand still meanwhile
+                              + compute(d) once more + requests that run on d × compute(d)              they stand still meanwhile;
+                                short stalls count less, and the whole prompt's computing counts against all of them (Weights.keep)
 
 All terms are seconds that somebody waits, so they may be added; weights say how much those of others count. Everything about p is
 independent of d, but for the transfer, which hides behind computing: so the best p is found first, and the best d for that p, or for none,
@@ -39,6 +40,7 @@ from services.router.policy_loops import (
     WAIT_S,
     WIRE_FACTOR,
     choose_rows,
+    local_prompt_cost,
 )
 from services.router.route import Route, RouteRequest
 from services.router.worker_table import FleetView, WorkerTable
@@ -56,20 +58,25 @@ class Weights:
 
     decode      of each output token, for this request and for those it slows down
     recompute   of computing, as capacity that the next requests will lack: why a cached prefix is worth some queueing
+    keep        of computing the whole prompt, less moving it: so much it may cost more elsewhere than on decode. Prefixes are looked for
+                on prefill workers; one that is computed and found again on decode instead goes stale there
+    patience_s  a stall of decode of this length counts half, a shorter one less: a reader hardly notices it
     wire        of moving blocks counts at least so much, even where computing hides it: links are shared
     near        costs that differ by no more than this share of what the first token costs, or near_s, are equal: estimates are no
                 better, and routers that share nothing would all pick the same worker
     """
 
     decode: float = 1.0
-    recompute: float = 1.0
+    recompute: float = 2.0
+    keep: float = 2.0
+    patience_s: float = 0.3
     wire: float = 0.1
     near: float = 0.002
     near_s: float = 1e-4
 
 
 BALANCED = Weights()
-FIRST_TOKEN_ONLY = Weights(decode=0.0, recompute=0.0, wire=0.0)
+FIRST_TOKEN_ONLY = Weights(decode=0.0, recompute=0.0, keep=0.0, wire=0.0)
 
 
 def choose(request: RouteRequest, matches: Iterable[Match], fleet: FleetView, *, weights: Weights = BALANCED) -> Route:
@@ -147,7 +154,9 @@ class _Choice:
             model.wire_s_per_block,
             model.remote_overhead_s - model.local_overhead_s,
             weights.decode,
-            1.0 + weights.recompute,
+            weights.recompute,
+            weights.keep,
+            weights.patience_s,
             weights.wire,
             weights.near,
             weights.near_s,
@@ -217,10 +226,16 @@ class _Choice:
 
         Between one token and the whole prompt the cost is taken as linear; it is convex, so this errs on the side of prefill workers.
         """
-        columns, prompt_weight = self._fleet.decode.columns, 1.0 + weights.recompute
-        factor = columns.item(PREFILL_FACTOR, d)
-        one_token = queue_s + prompt_weight * self._one_token_s * factor
-        rest = (self._typical_s[0] - self._one_token_s) * (prompt_weight * factor + weights.decode * columns.item(NUM_RUNNING, d))
+        columns, all_s, one_s = self._fleet.decode.columns, self._typical_s[0], self._one_token_s
+        factor, running = columns.item(PREFILL_FACTOR, d), columns.item(NUM_RUNNING, d)
+
+        def cost(typical_s: float) -> float:
+            stall_s = (typical_s - one_s) * running
+            return local_prompt_cost(typical_s * factor, stall_s, weights.decode, weights.recompute, weights.patience_s)
+
+        wire_s = self._prompt_blocks * self._fleet.model.wire_s_per_block * columns.item(WIRE_FACTOR, d)
+        one_token = queue_s + weights.keep * max(0.0, all_s - one_s - wire_s) + cost(one_s)
+        rest = cost(all_s) - cost(one_s)
         share = (remote_cost - one_token) / rest if rest > 0.0 else 1.0
         return int(self._request.prompt_tokens * max(0.0, min(1.0, share)))
 

@@ -45,6 +45,13 @@ def jit(function: Function) -> Function:
 
 
 @jit
+def local_prompt_cost(compute_s: float, stall_s: float, decode_weight: float, recompute_weight: float, patience_s: float) -> float:
+    """What computing a prompt on a decode worker costs, its queue not counted. `stall_s`: over all requests that stand still meanwhile."""
+    noticed = compute_s / (compute_s + patience_s + 1e-12)
+    return compute_s + noticed * (recompute_weight * compute_s + decode_weight * stall_s)
+
+
+@jit
 def choose_rows(
     candidates: npt.NDArray[np.int64],
     levels: npt.NDArray[np.int64],
@@ -64,7 +71,9 @@ def choose_rows(
     wire_s_per_block: float,
     overhead_s: float,
     decode_weight: float,
-    prompt_weight: float,
+    recompute_weight: float,
+    keep_weight: float,
+    patience_s: float,
     wire_weight: float,
     near: float,
     near_s: float,
@@ -90,7 +99,7 @@ def choose_rows(
     prefill_cost = np.empty(num_prefill)
     for row in range(num_prefill):
         compute_s = by_level[0, levels[row]] * prefill[PREFILL_FACTOR, row]
-        prefill_cost[row] = max(0.0, prefill[FREE_AT_S, row] - now_s) + prompt_weight * compute_s
+        prefill_cost[row] = max(0.0, prefill[FREE_AT_S, row] - now_s) + (1.0 + recompute_weight) * compute_s
         if prompt_blocks > prefill[BLOCKS_TOTAL, row]:
             prefill_cost[row] = np.inf
     for row in excluded:
@@ -108,7 +117,9 @@ def choose_rows(
         compute_s = typical_s * decode[PREFILL_FACTOR, row]
         # A chunk rides in a step that would have been made anyway: those that run stand still for its tokens, not for the step.
         stall_s = (typical_s - one_token_s) * decode[NUM_RUNNING, row]
-        local_cost[row] = max(0.0, decode[FREE_AT_S, row] - now_s) + prompt_weight * compute_s + decode_weight * stall_s
+        local_s = local_prompt_cost(compute_s, stall_s, decode_weight, recompute_weight, patience_s)
+        kept_s = max(0.0, by_level[0, 0] - one_token_s - prompt_blocks * wire_s_per_block * decode[WIRE_FACTOR, row])
+        local_cost[row] = max(0.0, decode[FREE_AT_S, row] - now_s) + local_s + keep_weight * kept_s
         wire_s = (prompt_blocks - held) * wire_s_per_block * decode[WIRE_FACTOR, row]
         remote_cost[row] = p_cost + max(wire_s - p_compute_s, wire_weight * wire_s) + overhead_s
         if p != NOBODY and 0 <= max_local_tokens < prompt_tokens - held * block_size:

@@ -86,6 +86,9 @@ class InFlight:
     in_decode_reports_s: float  # from this time on the reports count it
     in_prefill_reports_s: float
     ended: bool = False
+    left_s: float = 0.0  # predicted for what its worker had not computed of it by the last report
+    beside_s: float = 0.0  # predicted for the prompts that its worker had when this one came
+    sent_before_s: float = 0.0  # its worker's `sent_s` then
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +106,7 @@ class TrackedWorker:
     draining: bool = False
     suspected_until_s: float = -math.inf
     failures: int = 0  # in a row
+    sent_s: float = 0.0  # predicted for all prompts that this router has ever sent it
     prompts: dict[InFlight, None] = field(default_factory=dict)  # sent by this router, not computed yet
     requests: dict[InFlight, None] = field(default_factory=dict)  # sent by this router, not ended yet
     _free_at_s: float = -math.inf
@@ -146,7 +150,7 @@ class TrackedWorker:
         unseen = [item for item in self.requests if item.in_decode_reports_s > now_s]
         self._requests_since = sum(item.route.num_choices for item in unseen)
         self._blocks_since = -sum(item.route.decode_blocks for item in unseen)
-        self._set_backlog(load.uncomputed_prompt_tokens, now_s)
+        self._set_backlog(load, now_s)
         if self.role is Role.DECODE:
             self._learn_steps(load, now_s)
         self.publish(now_s)
@@ -158,18 +162,32 @@ class TrackedWorker:
         self.publish(now_s)
 
     def send_prompt(self, item: InFlight, now_s: float) -> None:
+        item.left_s = item.route.compute_s
+        item.beside_s = self._others_s + sum(other.route.compute_s for other in self.prompts)
+        self.sent_s += item.route.compute_s
+        item.sent_before_s = self.sent_s
         self.prompts[item] = None
         self._free_at_s = max(self._free_at_s, now_s) + item.route.compute_s
+
+    def beside_s(self, item: InFlight) -> float:
+        """Predicted for the prompts that it may have computed together with this one."""
+        return item.beside_s + self.sent_s - item.sent_before_s
+
+    def ridden_step_s(self) -> float:
+        """Of a prompt computed here, with whose first chunk others decoded: the seconds that this step of theirs takes."""
+        if self.role is not Role.DECODE or self.row is None or self.num_requests < 2:
+            return 0.0
+        return self.table.columns.item(TPOT_S, self.row)
 
     def prompt_computed(self, item: InFlight, now_s: float) -> None:
         del self.prompts[item]
         # The rest is still to be computed, as far as known from here.
         others_s = max(0.0, self._others_s - (now_s - self.reported_s))
-        self._free_at_s = now_s + others_s + sum(other.route.compute_s for other in self.prompts)
+        self._free_at_s = now_s + others_s + sum(other.left_s for other in self.prompts)
 
     def prompt_dropped(self, item: InFlight, now_s: float) -> None:
         del self.prompts[item]
-        self._free_at_s = max(now_s, self._free_at_s - item.route.compute_s)
+        self._free_at_s = max(now_s, self._free_at_s - item.left_s)
 
     def send_request(self, item: InFlight) -> None:
         self.requests[item] = None
@@ -222,26 +240,25 @@ class TrackedWorker:
         columns[TOKEN_COST_S, row] = 2.0 * tpot_s - slowness * step_s(0, 0, total)
         columns[TOKEN_COST_S_PER_BLOCK, row] = 2.0 * tpot_s_per_block
 
-    def _set_backlog(self, uncomputed_tokens: int, now_s: float) -> None:
+    def _set_backlog(self, load: LoadReport, now_s: float) -> None:
         """When the worker will have computed its prompts, by its own report.
 
-        Of the tokens reported, those of this router's own requests cost what was predicted for them, the rest what tokens cost lately.
+        Workers compute in the order of arrival: of the tokens reported those of this router's own requests, the latest first, cost what was
+        predicted for them, the rest what tokens cost lately.
         """
-        own_s = unseen_s = 0.0
-        own_tokens = own_prompt_tokens = 0
-        for item in self.prompts:
-            if item.in_prefill_reports_s > now_s:
-                unseen_s += item.route.compute_s
-            else:
-                own_s += item.route.compute_s
-                own_tokens += item.route.new_tokens
-                own_prompt_tokens += item.route.prompt_tokens
-        # A worker may not know yet what it will find in its cache: up to the length of our prompts the tokens may be ours.
-        others = max(0, uncomputed_tokens - own_prompt_tokens)
+        seen = [item for item in self.prompts if item.in_prefill_reports_s <= now_s]
+        left_tokens = load.uncomputed_prompt_tokens
+        # A worker may not know yet what it will find in its cache, and have more than is thought here: up to the length of our prompts the
+        # tokens may be ours.
+        others = max(0, left_tokens - sum(item.route.prompt_tokens for item in self.prompts))
+        for index, item in enumerate(reversed(seen)):
+            # Of one that waits the worker does not know yet what it will find in its cache.
+            tokens = max(1, item.route.prompt_tokens if index < load.num_waiting else item.route.new_tokens)
+            item.left_s = item.route.compute_s * min(1.0, left_tokens / tokens)
+            left_tokens = max(0, left_tokens - tokens)
         assert self.row is not None
         self._others_s = others * self.model.token_s * self.table.columns.item(PREFILL_FACTOR, self.row)
-        left = min(1.0, uncomputed_tokens / own_tokens) if own_tokens else 0.0
-        self._free_at_s = now_s + own_s * left + self._others_s + unseen_s
+        self._free_at_s = now_s + self._others_s + sum(item.left_s for item in self.prompts)
 
     def _learn_steps(self, load: LoadReport, now_s: float) -> None:
         before, now = self._learnt, (now_s, load.engine_steps, load.step_s, load.prefill_tokens, load.decode_tokens)

@@ -36,6 +36,7 @@ def _model(**changes: object) -> WorkerModel:
         chunk_tokens=16,
         max_num_seqs=8,
         decodes_first_token=True,
+        block_bytes=1000,
     )
     return dataclasses.replace(model, **changes)  # type: ignore[arg-type]
 
@@ -66,6 +67,12 @@ def test_first_token_when_prefill_samples_it_is_there_with_the_prompt() -> None:
     (record,) = _simulate(_request(0.0, 20, 3, 0), policy=Policy.ROUND_ROBIN, model=_model(decodes_first_token=False)).records
     assert record.first_token_s == pytest.approx(0.040)
     assert record.finished_s == pytest.approx(0.050)
+
+
+def test_overhead_comes_before_all_that_workers_do() -> None:
+    (record,) = _simulate(_request(1.0, 20, 3, 0), policy=Policy.ROUND_ROBIN, overhead_s=0.25).records
+    assert record.at_s == 1.0
+    assert record.ttft_s == pytest.approx(0.25 + 0.045)
 
 
 def test_single_token_when_prefill_samples_it_needs_no_step() -> None:
@@ -131,6 +138,33 @@ def test_router_that_was_wrong_about_a_worker_does_not_believe_it_again() -> Non
         router.first_token(ticket, outcome, 0.01)
         router.finished(ticket, 0.02, 4)
     assert cached == [16, 0]
+
+
+def test_step_counts_the_context_of_those_that_decode_and_nothing_else() -> None:
+    # A step takes 100 ms × the share of the pool that is read: 8 of 20 blocks while prompts wait, are computed, or lie in caches.
+    model = _model(step=DeclaredStep(constant_s=0.0, per_share_s=0.1, per_share_squared_s=0.0), max_num_seqs=2)
+    first, _, third = _simulate(
+        _request(0.0, 64, 8, 0),
+        _request(0.0, 64, 1, 50),  # has room on decode while the first one decodes alone
+        _request(1.0, 64, 1, 0),  # reads what lies in the cache
+        policy=Policy.ROUND_ROBIN,
+        model=model,
+    ).records
+    assert first.first_token_s is not None
+    assert first.prefill_done_s is not None
+    assert first.first_token_s - first.prefill_done_s == pytest.approx(0.1 * 64 / (20 * BLOCK))
+    assert third.first_token_s is not None
+    assert third.prefill_done_s is not None
+    assert third.first_token_s - third.prefill_done_s == pytest.approx(0.1 * 64 / (20 * BLOCK))
+
+
+def test_step_when_a_sequence_has_left_counts_it_no_longer() -> None:
+    # A token of context takes 1 ms. Prompts are there at 18 and 36 ms; the first one's steps end at 26, 35 and 44 (8 tokens, then a stretch
+    # of 9), one for both at 63 (11 + 8), and the last two take 12 each.
+    model = _model(step=DeclaredStep(constant_s=0.0, per_share_s=0.16, per_share_squared_s=0.0))
+    first, second = _simulate(_request(0.0, 8, 6, 0), _request(0.0, 8, 1, 50), policy=Policy.ROUND_ROBIN, model=model).records
+    assert second.finished_s == pytest.approx(0.063)
+    assert first.finished_s == pytest.approx(0.087)
 
 
 def test_next_turn_comes_its_thinking_time_after_the_answer() -> None:

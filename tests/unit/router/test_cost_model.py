@@ -223,6 +223,41 @@ def test_slowness_whatever_is_observed_stays_bounded(observations: list[tuple[fl
 # A worker's costs
 
 
+def test_equal_workers_when_their_prompts_take_longer_by_chance_stay_nearly_equal() -> None:
+    costs = make_costs(8)
+    draw = random.Random(3)
+    furthest = 0.0
+    for i in range(1000):
+        new = draw.randint(500, 20_000)
+        seconds = true_prefill_s(new, 0) * draw.uniform(1.0, 1.6)
+        costs.observe_prefill(draw.randrange(8), new_tokens=new, cached_tokens=0, seconds=seconds, now_s=0.05 * i)
+        if i > 200:
+            furthest = max(furthest, float(np.ptp(np.log(costs.prefill.factor))))
+    assert furthest < 0.19  # 0.22 when all that was seen is believed
+
+
+def test_prompt_computed_together_with_others_does_not_make_its_worker_look_slow() -> None:
+    costs = make_costs(2)
+    for i in range(40):
+        costs.observe_prefill(i % 2, new_tokens=1000, cached_tokens=0, seconds=true_prefill_s(1000, 0), now_s=0.1 * i)
+    for i in range(20):
+        # In a step with as much again, and half as much, of somebody else's.
+        alone_s = true_prefill_s(1000, 0)
+        costs.observe_prefill(0, new_tokens=1000, cached_tokens=0, seconds=1.8 * alone_s, now_s=4.0 + 0.1 * i, beside_s=1.5 * alone_s)
+        costs.observe_prefill(1, new_tokens=1000, cached_tokens=0, seconds=alone_s, now_s=4.0 + 0.1 * i)
+    assert costs.prefill.factor[0] < 1.25 * costs.prefill.factor[1]
+
+
+def test_prompt_that_took_longer_than_all_with_it_explain_makes_its_worker_look_slow() -> None:
+    costs = make_costs(3)
+    alone_s = true_prefill_s(1000, 0)
+    for i in range(60):
+        slow = i % 3 == 0
+        seconds = (6.0 if slow else 1.0) * alone_s
+        costs.observe_prefill(i % 3, new_tokens=1000, cached_tokens=0, seconds=seconds, now_s=0.1 * i, beside_s=alone_s if slow else 0.0)
+    assert costs.prefill.factor[0] > 2.5 * costs.prefill.factor[1]
+
+
 def test_slow_worker_does_not_spoil_the_shape_and_scale_ends_up_in_one_place() -> None:
     draw, costs = random.Random(0), make_costs(5)
     for i in range(1000):

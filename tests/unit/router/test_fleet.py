@@ -65,6 +65,24 @@ def test_backlog_when_dispatched_counts_at_once_and_not_twice_when_reported() ->
     assert queue_s(fleet, 0.2) == pytest.approx(1.5 * PROMPT_S)
 
 
+def test_backlog_when_the_first_of_several_is_half_computed_is_still_so_when_it_is_done() -> None:
+    fleet = make_fleet(prefill=1, num_running=40)
+    items = [fleet.dispatched(route(fleet, PROMPT), 0.0) for _ in range(3)]
+    # Computed in order: the first is done, of the second one half is.
+    fleet.report("prefill-0", Load(uncomputed_prompt_tokens=1024 + 2048), 0.1)
+    fleet.first_token(items[0], 0.1)
+    assert queue_s(fleet, 0.1) == pytest.approx(1.5 * PROMPT_S)
+    fleet.failed(items[1], 0.1)
+    assert queue_s(fleet, 0.1) == pytest.approx(PROMPT_S)
+
+
+def test_backlog_when_a_report_has_what_was_sent_just_now_does_not_count_it_twice() -> None:
+    fleet = make_fleet(prefill=1, num_running=40)
+    fleet.dispatched(route(fleet, PROMPT), 0.0)
+    fleet.report("prefill-0", Load(uncomputed_prompt_tokens=2048), 0.01)
+    assert queue_s(fleet, 0.01) == pytest.approx(PROMPT_S)
+
+
 def test_backlog_of_other_routers_is_added_to_ours() -> None:
     fleet = make_fleet(prefill=1, num_running=40)
     fleet.dispatched(route(fleet, PROMPT), 0.0)
@@ -99,6 +117,23 @@ def test_backlog_of_a_request_that_waits_on_decode_is_kept_when_prefill_does_not
     fleet.dispatched(chosen, 0.0)
     fleet.report("prefill-0", Load(), 0.2)
     assert queue_s(fleet, 0.2) == pytest.approx(PROMPT_S)
+
+
+def test_prompt_computed_on_decode_is_not_charged_with_the_step_of_the_others() -> None:
+    fleets = [make_fleet(model=CostModel.learnt(block_bytes=1), num_running=n) for n in (0, 40)]
+    factors = []
+    for fleet in fleets:
+        for i in range(20):
+            chosen = route(fleet, RouteRequest(prompt_tokens=2048, must_be_local=True))
+            item = fleet.dispatched(chosen, 0.1 * i)
+            step_s = chosen.predicted_tpot_s if fleet is fleets[1] else 0.0
+            outcome = PrefillOutcome(
+                worker_id=chosen.decode_worker_id, queue_s=0.0, prefill_s=0.04 + step_s, new_tokens=2048, cached_tokens=0
+            )
+            fleet.prefill_done(item, outcome, 0.1 * i + 0.05)
+            fleet.finished(item, 0.1 * i + 0.06, output_tokens=1)
+        factors.append(fleet.model.prefill.seconds(2048, 0))
+    assert factors[1] == pytest.approx(factors[0], rel=0.1)
 
 
 # Decode

@@ -1,0 +1,59 @@
+"""`baton bench`: measures a part of the mesh by itself. `profile` writes down how fast one worker is, for `loadtest sim`."""
+
+import platform
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from services.core.errors import InvalidRequest
+from services.engine.demo import TARGET_DIR
+from services.tokenizer.checkpoint_dir import resolve_checkpoint
+from services.worker.settings import WorkerSettings
+
+bench = typer.Typer(name="bench", no_args_is_help=True, help="Measures a part of the mesh by itself.")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measures a part of the mesh by itself."""
+
+
+@bench.command()
+def profile(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The JSON file to write.")],
+    model: Annotated[str, typer.Option(help="Checkpoint directory, or name on the Hugging Face hub; default: the demo model.")] = "demo",
+    block_size: Annotated[int | None, typer.Option(help="Tokens per KV block; default: 64, of the demo model 16.")] = None,
+    kv_memory: Annotated[int, typer.Option(min=1, help="MiB of KV blocks.")] = 256,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, max=20, help="How often everything is measured.")] = 3,
+) -> None:
+    """Measures how long a worker's steps take, and writes what `loadtest sim --worker-model` reads."""
+    if not output.parent.is_dir():
+        raise InvalidRequest("--output", f"{output.parent} is no directory")  # not only after minutes of measuring
+    # Imported only now: torch takes seconds, which `baton --help` and a mistyped option should not.
+    from services.cli.worker_profile import profile_worker
+    from services.engine.loader import load_model
+
+    directory = resolve_checkpoint(model, demo=TARGET_DIR)
+    settings = WorkerSettings(model=model, block_size=block_size, kv_memory_bytes=kv_memory << 20, num_threads=threads)
+    found = profile_worker(
+        load_model(directory, settings.engine_settings()).core, rounds=rounds, hardware=_hardware(threads), model=directory.resolve().name
+    )
+    try:
+        output.write_text(found.to_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequest("--output", f"{output}: {error.strerror}") from error
+    typer.echo(f"{output}: blocks of {found.block_size} tokens, {found.num_blocks} of them, chunks of {found.chunk_tokens} tokens")
+    for name, fit, per in (
+        ("prefill", found.prefill, ("step", "token", "pair of tokens")),
+        ("decode", found.decode, ("step", "sequence", "KV block read")),
+    ):
+        terms = ", ".join(f"{1e3 * seconds:.3g} ms a {what}" for seconds, what in zip(fit.seconds, per, strict=True))
+        typer.echo(
+            f"{name}: {terms}; {fit.num_kinds} kinds of steps, off by {fit.median_error:.1%} in the median, {fit.p90_error:.1%} at P90"
+        )
+
+
+def _hardware(threads: int) -> str:
+    return f"{platform.processor() or platform.machine()}, {threads} thread{'s' if threads > 1 else ''} of torch"
