@@ -195,10 +195,8 @@ class _Run:
         record.reserved_s = now_s
         record.decode_cached_tokens = self._here.num_cached
         if self._prefill is None:
-            record.prefill_began_s = now_s
             return
         if self._here.num_uncomputed <= self._ticket.local_prefill_tokens:
-            record.prefill_began_s = now_s
             self._prefill = None
             self._events.at(now_s, partial(self._decode.start, self._here, 0))
             return
@@ -206,6 +204,8 @@ class _Run:
 
     def computed(self, num_tokens: int) -> None:
         record, now_s = self._record, self._events.now_s
+        if record.prefill_began_s is None:
+            record.prefill_began_s = self._decode.step_began_s
         if self._here.num_uncomputed or record.prefill_done_s is not None:
             return
         record.prefill_done_s = now_s
