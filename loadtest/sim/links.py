@@ -11,7 +11,7 @@ from functools import partial
 
 from loadtest.sim.events import Events
 
-NEARLY_BYTES = 1e-3  # what rounding leaves of a transfer
+ROUNDING_S = 1e-9  # hours of virtual time are kept to within less
 
 
 @dataclass(slots=True, eq=False)
@@ -106,7 +106,7 @@ class Links:
         if plan != transfer.plan:
             return
         self._settle(transfer)
-        assert transfer.left_bytes < NEARLY_BYTES
+        assert transfer.left_bytes <= transfer.rate * ROUNDING_S
         self.sent_bytes += transfer.left_bytes
         transfer.left_bytes = transfer.rate = 0.0
         for port in transfer.ports:

@@ -51,6 +51,17 @@ def test_transfer_that_waits_for_its_next_part_leaves_the_link_to_others() -> No
     assert [at_s for _, at_s in done] == pytest.approx([1.5, 2.1])
 
 
+def test_transfer_over_a_fast_link_late_in_a_run_survives_rounding() -> None:
+    # A time of 3,600 s is known to 5e-13 s, in which 400 Gbit/s carry a fortieth of a byte.
+    events, done = Events(), []
+    links = Links(events, bytes_per_s=5e10)
+    for index in range(50):
+        _at(events, 3600.0 + index / 7, links.open("a", "b", on_done=lambda: done.append(events.now_s)), 67_108_864, 1)
+    events.run()
+    assert len(done) == 50
+    assert links.sent_bytes == pytest.approx(50 * 67_108_865)
+
+
 def test_transfer_without_bytes_is_done_when_it_is_closed() -> None:
     events, done = Events(), []
     _at(events, 3.0, Links(events, bytes_per_s=1.0).open("a", "b", on_done=lambda: done.append(events.now_s)))
