@@ -35,6 +35,9 @@ def sim(
     worker_model: Annotated[
         str, typer.Option(help='How long steps take: "declared", or the file of `baton bench profile`, with "fitted:" before it or not.')
     ] = DECLARED,
+    link_gbps: Annotated[
+        float | None, typer.Option(min=1e-6, help="10^9 bits/s of each worker's link, each way; blocks travel in no time when not given.")
+    ] = None,
     overhead_ms: Annotated[float, typer.Option(min=0.0, help="What calls and wake-ups add to a request before decode has it.")] = 0.0,
     router_model: Annotated[
         RouterModel, typer.Option(help="What the router knows of the workers' speed: it learns it, as it does in a mesh, or is told it.")
@@ -70,6 +73,7 @@ def sim(
             router_model=router_model,
             max_local_tokens=max_local_tokens,
             overhead_s=overhead_ms / 1e3,
+            link_bytes_per_s=None if link_gbps is None else link_gbps * 1e9 / 8,
         )
         wall_s = time.perf_counter() - started
     except BadInput as error:
@@ -103,6 +107,10 @@ def _report(simulation: Simulation, wall_s: float, ceiling: Ceilings) -> dict[st
         "ttft_ms": _milliseconds([record.ttft_s for record in done]),
         "tpot_ms": _milliseconds([record.tpot_s for record in done if record.tpot_s is not None]),
         "prefill_queue_ms": _milliseconds([record.queue_s for record in done]),
+        "transfer_tail_ms": _milliseconds(
+            [r.landed_s - r.prefill_done_s for r in remote if r.landed_s is not None and r.prefill_done_s is not None]
+        ),
+        "kv_bytes": sum(record.kv_bytes for record in done),
         "preemptions": sum(worker.num_preemptions for worker in simulation.workers),
         "virtual_s": simulation.virtual_s,
         "wall_s": wall_s,
@@ -135,7 +143,12 @@ def _print(report: dict[str, Any]) -> None:
         f"their pools in turn {ceiling['round_robin']:.3f}"
     )
     table = Table("ms", "mean", "p50", "p90", "p99")
-    for label, key in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("of TTFT: prefill queue", "prefill_queue_ms")):
+    for label, key in (
+        ("TTFT", "ttft_ms"),
+        ("TPOT", "tpot_ms"),
+        ("of TTFT: prefill queue", "prefill_queue_ms"),
+        ("of TTFT: blocks after the prompt", "transfer_tail_ms"),
+    ):
         if (row := report[key]) is not None:
             table.add_row(label, *(f"{row[name]:,.1f}" for name in ("mean", "p50", "p90", "p99")))
     console.print(table)

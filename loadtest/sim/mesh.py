@@ -1,5 +1,6 @@
 """A simulated mesh: requests on their way through a router, prefill and decode, in virtual time, as one request's tree of calls goes in the
-product: decode takes room first, then calls prefill, and begins when the prompt is there. Blocks travel in no time.
+product: decode takes room first, then calls prefill, and begins when the prompt is there. Blocks travel over the workers' links as their
+chunks are computed, or in no time where links are free.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from functools import partial
 from loadtest.ceilings import block_hash
 from loadtest.schedule import PlannedRequest, Schedule
 from loadtest.sim.events import Events
+from loadtest.sim.links import Links
 from loadtest.sim.router import Prompt, SimRouter, Ticket
 from loadtest.sim.worker import Purpose, SimSequence, SimWorker
 from services.core.errors import ResourceExhausted
@@ -30,11 +32,13 @@ class SimRecord:
     reserved_s: float | None = None
     prefill_began_s: float | None = None
     prefill_done_s: float | None = None
+    landed_s: float | None = None  # all blocks on decode; None when decode computed the prompt
     first_token_s: float | None = None
     finished_s: float | None = None
     prefill_cached_tokens: int = 0
     decode_cached_tokens: int = 0
     kv_blocks: int = 0
+    kv_bytes: int = 0  # that travelled over links
     refused: str = ""  # the error's name
 
     @property
@@ -56,11 +60,24 @@ class SimRecord:
         assert self.reserved_s is not None
         return self.prefill_began_s - self.reserved_s
 
+    @property
+    def tail_s(self) -> float:
+        """From the prompt computed to the last block landed; 0 when decode computed it."""
+        if self.landed_s is None:
+            return 0.0
+        assert self.prefill_done_s is not None
+        return self.landed_s - self.prefill_done_s
+
 
 class SimMesh:
-    """The way of requests between a router and workers. `overhead_s`: from the router's decision until decode has the request."""
+    """The way of requests between a router and workers.
 
-    def __init__(self, events: Events, *, overhead_s: float = 0.0) -> None:
+    overhead_s   from the router's decision until decode has the request
+    links        that blocks travel over; None: in no time
+    """
+
+    def __init__(self, events: Events, *, overhead_s: float = 0.0, links: Links | None = None) -> None:
+        self.links = links
         self._events = events
         self._overhead_s = overhead_s
         self._workers: dict[str, SimWorker] = {}
@@ -178,17 +195,17 @@ class _Run:
         record.reserved_s = now_s
         record.decode_cached_tokens = self._here.num_cached
         if self._prefill is None:
-            record.prefill_began_s = now_s
             return
         if self._here.num_uncomputed <= self._ticket.local_prefill_tokens:
-            record.prefill_began_s = now_s
             self._prefill = None
             self._events.at(now_s, partial(self._decode.start, self._here, 0))
             return
-        _Prefill(self, self._prefill, self._prompt)
+        _Prefill(self, self._prefill, self._prompt, self._mesh.links)
 
     def computed(self, num_tokens: int) -> None:
         record, now_s = self._record, self._events.now_s
+        if record.prefill_began_s is None:
+            record.prefill_began_s = self._decode.step_began_s
         if self._here.num_uncomputed or record.prefill_done_s is not None:
             return
         record.prefill_done_s = now_s
@@ -210,12 +227,25 @@ class _Run:
     def prefill_began(self) -> None:
         self._record.prefill_began_s = self._events.now_s
 
-    def prefilled(self, remote: SimSequence, worker: SimWorker) -> None:
+    def prefilled(self) -> None:
+        self._record.prefill_done_s = self._events.now_s
+
+    @property
+    def decode_worker_id(self) -> str:
+        return self._decode.worker_id
+
+    @property
+    def blocks_here(self) -> int:
+        """Of the prompt, that decode has had before."""
+        return self._here.num_cached // self._decode.model.block_size
+
+    def landed(self, remote: SimSequence, worker: SimWorker, kv_bytes: int) -> None:
         record, now_s = self._record, self._events.now_s
-        record.prefill_done_s = now_s
+        record.landed_s = now_s
+        record.kv_bytes = kv_bytes
         record.prefill_worker_id = worker.worker_id
         record.prefill_cached_tokens = remote.num_cached
-        record.kv_blocks = len(self._here.block_ids) - self._here.num_cached // worker.model.block_size
+        record.kv_blocks = len(self._here.block_ids) - self.blocks_here
         self._events.at(now_s, partial(worker.release, remote))
         if self._here.has_first:
             self._told_first()
@@ -236,16 +266,21 @@ class _Run:
             prefill_s=record.prefill_done_s - record.prefill_began_s,
             new_tokens=record.input_tokens - cached,
             cached_tokens=cached,
+            transfer_s=0.0 if record.landed_s is None else record.landed_s - record.prefill_began_s,
+            tail_s=record.tail_s,
             kv_blocks=record.kv_blocks,
         )
         self._router.first_token(self._ticket, outcome, now_s)
 
 
 class _Prefill:
-    """A prompt computed for another worker."""
+    """A prompt computed for another worker, and its blocks on their way there."""
 
-    def __init__(self, run: _Run, worker: SimWorker, prompt: Prompt) -> None:
+    def __init__(self, run: _Run, worker: SimWorker, prompt: Prompt, links: Links | None) -> None:
         self._run, self._worker = run, worker
+        self._transfer = None if links is None else links.open(worker.worker_id, run.decode_worker_id, on_done=self._landed)
+        self._num_sent = run.blocks_here  # blocks, from the start of the prompt, that need not be sent any more
+        self._kv_bytes = 0
         self._sequence = SimSequence(
             owner=self, hashes=prompt.hashes, prompt_tokens=prompt.tokens, decode_steps=0, purpose=Purpose.PREFILL, has_first=True
         )
@@ -253,13 +288,31 @@ class _Prefill:
 
     def admitted(self) -> None:
         self._run.prefill_began()
+        self._send(self._sequence.num_computed // self._worker.model.block_size)
 
     def computed(self, num_tokens: int) -> None:
-        if not self._sequence.num_uncomputed:
-            self._run.prefilled(self._sequence, self._worker)
+        if self._sequence.num_uncomputed:
+            self._send(self._sequence.num_computed // self._worker.model.block_size)
+            return
+        self._run.prefilled()
+        self._send(len(self._sequence.block_ids))
+        if self._transfer is None:
+            self._landed()
+        else:
+            self._transfer.close()
 
     def first_step_done(self) -> None:
         raise AssertionError("a prompt for others does not decode")
 
     def finished(self) -> None:
         raise AssertionError("a prompt for others does not decode")
+
+    def _send(self, num_blocks: int) -> None:
+        """Of the prompt so many blocks, from its start, are there to be sent."""
+        new, self._num_sent = max(0, num_blocks - self._num_sent), max(num_blocks, self._num_sent)
+        if self._transfer is not None:
+            self._kv_bytes += new * self._worker.model.block_bytes
+            self._transfer.feed(new * self._worker.model.block_bytes)
+
+    def _landed(self) -> None:
+        self._run.landed(self._sequence, self._worker, self._kv_bytes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from loadtest.files import BadInput
 from loadtest.schedule import Schedule
 from loadtest.sim.events import Events
+from loadtest.sim.links import Links
 from loadtest.sim.mesh import SimMesh, SimRecord
 from loadtest.sim.router import BatonRouter, RoundRobin, SimRouter
 from loadtest.sim.worker import SimWorker
@@ -30,13 +31,15 @@ class Simulation:
     """
     records      of all requests, in the schedule's order
     workers      all of them, as they are in the end
-    events       that happened
+    num_events   that happened
+    sent_bytes   over all links
     """
 
     records: Sequence[SimRecord]
     workers: Sequence[SimWorker]
     num_events: int
     virtual_s: float
+    sent_bytes: float
 
 
 def simulate(
@@ -49,10 +52,12 @@ def simulate(
     router_model: RouterModel = RouterModel.LEARNT,
     max_local_tokens: int | None = None,
     overhead_s: float = 0.0,
+    link_bytes_per_s: float | None = None,
 ) -> Simulation:
     """Runs a schedule to its end.
 
     max_local_tokens   as the router's setting of that name
+    link_bytes_per_s   of each worker's link, in each direction, shared by its transfers; None: blocks travel in no time
     overhead_s         from the router's decision until decode has the request
     Raises BadInput when the blocks of schedule and workers differ, or a request fits on no worker.
     """
@@ -65,17 +70,19 @@ def simulate(
                 f"request {index} has {request.input_tokens} + {request.output_tokens} tokens, a worker's KV memory holds {capacity}"
             )
     events = Events()
-    mesh = SimMesh(events, overhead_s=overhead_s)
+    links = None if link_bytes_per_s is None else Links(events, bytes_per_s=link_bytes_per_s)
+    mesh = SimMesh(events, overhead_s=overhead_s, links=links)
     prefill = [SimWorker(f"prefill-{index}", model, events, on_step=mesh.stepped) for index in range(num_prefill)]
     decode = [SimWorker(f"decode-{index}", model, events, on_step=mesh.stepped) for index in range(num_decode)]
     router: SimRouter
     if policy is Policy.ROUND_ROBIN:
         router = RoundRobin(prefill, decode)
     else:
+        wire_s = 0.0 if link_bytes_per_s is None else model.block_bytes / link_bytes_per_s
         costs = (
-            CostModel.declared(prefill=model.prefill, step=model.step)
+            CostModel.declared(prefill=model.prefill, step=model.step, wire_s_per_block=wire_s)
             if router_model is RouterModel.DECLARED
-            else CostModel.learnt(block_bytes=1)  # transfers are free
+            else CostModel.learnt(block_bytes=1 if links is None else model.block_bytes)
         )
         router = BatonRouter(
             prefill,
@@ -87,4 +94,10 @@ def simulate(
             max_local_tokens=max_local_tokens,
         )
     records = mesh.run(schedule, [*prefill, *decode], router)
-    return Simulation(records=records, workers=[*prefill, *decode], num_events=events.num_happened, virtual_s=events.now_s)
+    return Simulation(
+        records=records,
+        workers=[*prefill, *decode],
+        num_events=events.num_happened,
+        virtual_s=events.now_s,
+        sent_bytes=0.0 if links is None else links.sent_bytes,
+    )

@@ -120,6 +120,11 @@ class SimWorker:
         self.num_steps = self.num_prefill_tokens = self.num_decode_tokens = self.num_preemptions = 0
         self.busy_s = 0.0
 
+    @property
+    def step_began_s(self) -> float:
+        """When the step began that runs, or has just ended."""
+        return self._began_s
+
     # What others ask of it
 
     def submit(self, sequence: SimSequence) -> None:

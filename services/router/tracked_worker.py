@@ -248,6 +248,9 @@ class TrackedWorker:
         """
         seen = [item for item in self.prompts if item.in_prefill_reports_s <= now_s]
         left_tokens = load.uncomputed_prompt_tokens
+        if not left_tokens and not self.prompts:  # most workers, most of the time
+            self._others_s, self._free_at_s = 0.0, now_s
+            return
         # A worker may not know yet what it will find in its cache, and have more than is thought here: up to the length of our prompts the
         # tokens may be ours.
         others = max(0, left_tokens - sum(item.route.prompt_tokens for item in self.prompts))

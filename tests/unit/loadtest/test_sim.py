@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from loadtest.app import app
-from loadtest.ceilings import block_hash
+from loadtest.ceilings import block_hash, ceilings
 from loadtest.files import BadInput
 from loadtest.schedule import PlannedRequest, Schedule
+from loadtest.sim import simulation as simulation_module
 from loadtest.sim.events import Events
 from loadtest.sim.router import BatonRouter, Prompt, Routed
 from loadtest.sim.simulation import Policy, RouterModel, Simulation, simulate
@@ -75,6 +77,22 @@ def test_overhead_comes_before_all_that_workers_do() -> None:
     assert record.ttft_s == pytest.approx(0.25 + 0.045)
 
 
+def test_blocks_over_a_link_leave_while_the_next_chunk_is_computed() -> None:
+    # Chunks of 16 and 4 tokens: 2 blocks are there at 26 ms, the last one at 40. A block of 1,000 bytes takes 10 ms: the first two need
+    # until 46, the third until 56; then the first step.
+    (record,) = _simulate(_request(0.0, 20, 3, 0), policy=Policy.ROUND_ROBIN, link_bytes_per_s=1e5).records
+    assert record.prefill_done_s == pytest.approx(0.040)
+    assert record.landed_s == pytest.approx(0.056)
+    assert record.first_token_s == pytest.approx(0.061)
+    assert (record.kv_blocks, record.kv_bytes) == (3, 3000)
+
+
+def test_blocks_that_decode_has_are_not_sent_again() -> None:
+    first, second = _simulate(_request(0.0, 20, 3, 0), _request(1.0, 20, 3, 0), policy=Policy.ROUND_ROBIN, link_bytes_per_s=1e5).records
+    assert (first.kv_bytes, second.kv_bytes) == (3000, 1000)
+    assert second.landed_s == pytest.approx(1.0 + 0.014 + 0.010)
+
+
 def test_single_token_when_prefill_samples_it_needs_no_step() -> None:
     (record,) = _simulate(_request(0.0, 20, 1, 0), policy=Policy.ROUND_ROBIN, model=_model(decodes_first_token=False)).records
     assert record.finished_s == pytest.approx(0.040)
@@ -106,6 +124,17 @@ def test_decode_that_computes_a_prompt_itself_does_both_in_one_step() -> None:
     assert second.prefill_began_s == pytest.approx(0.104)
     assert second.first_token_s == pytest.approx(0.130)
     assert first.finished_s == pytest.approx(0.014 + 0.5 + 0.016)
+
+
+def test_prompt_that_decode_computes_after_all_is_queued_until_the_step_that_has_it() -> None:
+    # It has room when the step ends at 104 ms; by the time decode is told to compute it the next one runs, until 109.
+    first, second = _simulate(
+        _request(0.0, 4, 100, 0), _request(0.1, 6, 2, 50), router_model=RouterModel.DECLARED, model=_model(num_blocks=40)
+    ).records
+    assert second.prefill_worker_id == second.decode_worker_id == first.decode_worker_id
+    assert second.reserved_s is not None
+    assert second.prefill_began_s == pytest.approx(second.reserved_s + 0.005)
+    assert second.prefill_done_s == pytest.approx(second.reserved_s + 0.005 + 0.021)
 
 
 @pytest.mark.parametrize(("num_blocks", "preemptions", "prefill_tokens"), [(8, 0, 16), (7, 1, 33)])
@@ -191,6 +220,32 @@ def test_declared_step_is_what_the_published_curves_say() -> None:
     assert model.step_s([], 5, 1000) == pytest.approx((5.74 + 54.01 / 2 - 25.74 / 4) * 1e-3)
 
 
+class _CheckedEvents(Events):
+    """Looks after every event whether time has gone back, and whether each worker's blocks are all there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.workers: list[SimWorker] = []
+
+    def at(self, time_s: float, action: Callable[[], None]) -> None:
+        before_s = self.now_s
+
+        def checked() -> None:
+            assert self.now_s >= before_s
+            action()
+            for worker in self.workers:
+                pool = worker.pool
+                assert pool.num_free + pool.num_cached + pool.num_owned == pool.num_blocks
+
+        super().at(time_s, checked)
+
+
+def _remembered_worker(worker_id: str, model: WorkerModel, events: _CheckedEvents, *, on_step: Callable[[SimWorker], None]) -> SimWorker:
+    worker = SimWorker(worker_id, model, events, on_step=on_step)
+    events.workers.append(worker)
+    return worker
+
+
 requests = st.lists(st.tuples(st.floats(0.0, 1.0), st.integers(1, 60), st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=20)
 
 
@@ -204,6 +259,7 @@ requests = st.lists(st.tuples(st.floats(0.0, 1.0), st.integers(1, 60), st.intege
     st.booleans(),
     st.integers(14, 40),
     st.integers(1, 8),
+    st.sampled_from([None, 3e4, 1e6]),
 )
 def test_simulation_loses_and_invents_nothing(
     chosen: list[tuple[float, int, int, int]],
@@ -214,12 +270,27 @@ def test_simulation_loses_and_invents_nothing(
     decodes_first_token: bool,
     num_blocks: int,
     max_num_seqs: int,
+    link_bytes_per_s: float | None,
 ) -> None:
     model = _model(decodes_first_token=decodes_first_token, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
     planned = [_request(at_s, inputs, outputs, 100 * family) for at_s, inputs, outputs, family in sorted(chosen)]
-    simulation = _simulate(*planned, model=model, num_prefill=num_prefill, num_decode=num_decode, policy=policy, router_model=router_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation_module, "Events", _CheckedEvents)
+        patch.setattr(simulation_module, "SimWorker", _remembered_worker)
+        simulation = _simulate(
+            *planned,
+            model=model,
+            num_prefill=num_prefill,
+            num_decode=num_decode,
+            policy=policy,
+            router_model=router_model,
+            link_bytes_per_s=link_bytes_per_s,
+        )
+    moved = sum(record.kv_bytes for record in simulation.records)
+    assert simulation.sent_bytes == pytest.approx(0.0 if link_bytes_per_s is None else moved)
     for record in simulation.records:
         times = [record.at_s, record.reserved_s, record.prefill_began_s, record.prefill_done_s, record.first_token_s]
+        assert record.tail_s >= 0.0
         assert None not in [*times, record.finished_s]
         assert times == sorted(times, key=float)  # type: ignore[arg-type]
         assert record.first_token_s <= record.finished_s + 1e-9  # type: ignore[operator]
@@ -237,6 +308,17 @@ def test_simulation_loses_and_invents_nothing(
         assert computed + cached == sum(request.input_tokens for request in planned)
         by_decode = sum(request.output_tokens - (0 if decodes_first_token else 1) for request in planned)
         assert sum(worker.num_decode_tokens for worker in simulation.workers) == by_decode
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 3)), min_size=1, max_size=25), st.integers(1, 3))
+def test_round_robin_when_requests_do_not_overlap_reuses_what_the_ceiling_says(chosen: list[tuple[int, int]], num_prefill: int) -> None:
+    # Whole blocks: a ceiling knows nothing of the room that a partly filled one takes.
+    planned = tuple(_request(10.0 * i, BLOCK * blocks, 2, 100 * family) for i, (blocks, family) in enumerate(chosen))
+    records = _simulate(*planned, num_prefill=num_prefill, num_decode=num_prefill, policy=Policy.ROUND_ROBIN).records
+    schedule = Schedule(block_size=BLOCK, requests=planned, source="test")
+    reused = sum(record.prefill_cached_tokens for record in records) / sum(record.input_tokens for record in records)
+    assert reused == pytest.approx(ceilings(schedule, num_pools=num_prefill, blocks_per_pool=20).round_robin)
 
 
 @settings(deadline=None, max_examples=20)
