@@ -40,6 +40,7 @@ from services.router.policy_loops import (
     WAIT_S,
     WIRE_FACTOR,
     choose_rows,
+    kept_prefix_s,
     local_prompt_cost,
 )
 from services.router.route import Route, RouteRequest
@@ -58,8 +59,8 @@ class Weights:
 
     decode      of each output token, for this request and for those it slows down
     recompute   of computing, as capacity that the next requests will lack: why a cached prefix is worth some queueing
-    keep        of computing the whole prompt, less moving it: so much it may cost more elsewhere than on decode. Prefixes are looked for
-                on prefill workers; one that is computed and found again on decode instead goes stale there
+    keep        of computing the whole prompt, less what moving it takes beyond that: so much it may cost more elsewhere than on decode.
+                Prefixes are looked for on prefill workers; one that is computed and found again on decode instead goes stale there
     patience_s  a stall of decode of this length counts half, a shorter one less: a reader hardly notices it
     wire        of moving blocks counts at least so much, even where computing hides it: links are shared
     near        costs that differ by no more than this share of what the first token costs, or near_s, are equal: estimates are no
@@ -234,7 +235,7 @@ class _Choice:
             return local_prompt_cost(typical_s * factor, stall_s, weights.decode, weights.recompute, weights.patience_s)
 
         wire_s = self._prompt_blocks * self._fleet.model.wire_s_per_block * columns.item(WIRE_FACTOR, d)
-        one_token = queue_s + weights.keep * max(0.0, all_s - one_s - wire_s) + cost(one_s)
+        one_token = queue_s + weights.keep * kept_prefix_s(all_s - one_s, wire_s) + cost(one_s)
         rest = cost(all_s) - cost(one_s)
         share = (remote_cost - one_token) / rest if rest > 0.0 else 1.0
         return int(self._request.prompt_tokens * max(0.0, min(1.0, share)))

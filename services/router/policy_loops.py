@@ -52,6 +52,15 @@ def local_prompt_cost(compute_s: float, stall_s: float, decode_weight: float, re
 
 
 @jit
+def kept_prefix_s(prompt_s: float, wire_s: float) -> float:
+    """What a prompt's prefix on prefill workers is worth: computing it, less what moving it takes beyond that.
+
+    Not less all of moving it: what is known of links is often no more than that they were as fast as computing, which hides the rest.
+    """
+    return max(0.0, prompt_s - max(0.0, wire_s - prompt_s))
+
+
+@jit
 def choose_rows(
     candidates: npt.NDArray[np.int64],
     levels: npt.NDArray[np.int64],
@@ -118,7 +127,7 @@ def choose_rows(
         # A chunk rides in a step that would have been made anyway: those that run stand still for its tokens, not for the step.
         stall_s = (typical_s - one_token_s) * decode[NUM_RUNNING, row]
         local_s = local_prompt_cost(compute_s, stall_s, decode_weight, recompute_weight, patience_s)
-        kept_s = max(0.0, by_level[0, 0] - one_token_s - prompt_blocks * wire_s_per_block * decode[WIRE_FACTOR, row])
+        kept_s = kept_prefix_s(by_level[0, 0] - one_token_s, prompt_blocks * wire_s_per_block * decode[WIRE_FACTOR, row])
         local_cost[row] = max(0.0, decode[FREE_AT_S, row] - now_s) + local_s + keep_weight * kept_s
         wire_s = (prompt_blocks - held) * wire_s_per_block * decode[WIRE_FACTOR, row]
         remote_cost[row] = p_cost + max(wire_s - p_compute_s, wire_weight * wire_s) + overhead_s

@@ -84,6 +84,12 @@ def test_choose_when_both_kinds_hold_a_prefix_keeps_it_where_others_look_for_it(
     assert (only_decode.is_local, only_decode.decode_worker_id) == (True, "decode-0")
 
 
+def test_choose_when_computing_hides_the_transfer_keeps_the_prefix_on_prefill_workers_all_the_same() -> None:
+    # Links of which is known only that they were as fast as computing: 320 blocks in about the second that the prompt takes.
+    fleet = make_fleet(model=declared_model(wire_s_per_block=3.2e-3))
+    assert not route(fleet, RouteRequest(prompt_tokens=20_480, max_output_tokens=1)).is_local
+
+
 def test_choose_when_a_decode_batch_is_fuller_takes_the_other() -> None:
     fleet = make_fleet()
     fleet.report("decode-0", Load(num_running=20, blocks_free=4000), 0.0)
