@@ -1,4 +1,4 @@
-"""`loadtest sim`: replays a trace before simulated workers and says what each request waited for."""
+"""`loadtest sim`: sends a workload to simulated workers and says what each request waited for."""
 
 import dataclasses
 import json
@@ -16,22 +16,26 @@ from rich.table import Table
 from loadtest.ceilings import Ceilings, ceilings
 from loadtest.files import BadInput
 from loadtest.metrics import distribution
+from loadtest.records import Objective
+from loadtest.report.page import write_page
+from loadtest.report.run_page import run_page
+from loadtest.result import save_result
+from loadtest.schedule import Schedule
+from loadtest.sim.outcome import result_of
 from loadtest.sim.simulation import Policy, RouterModel, Simulation, simulate
-from loadtest.sim.worker_model import declared, fitted
-from loadtest.traces import mooncake
+from loadtest.sim.worker_model import WorkerModel, declared, fitted
+from loadtest.workload_options import WorkloadOptions, load_workload, takes_workload
 
 REPORT_FORMAT = "baton.sim/1"
-
-
 DECLARED, FITTED = "declared", "fitted:"
 
 
+@takes_workload
 def sim(
-    trace: Annotated[Path, typer.Argument(help="A trace in Mooncake's JSON Lines, .gz or not.")],
+    workload: WorkloadOptions,
     prefill: Annotated[int, typer.Option(min=0, help="Prefill workers; with none, decode workers do both phases.")] = 8,
     decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 8,
     policy: Annotated[Policy, typer.Option(help="Who chooses workers.")] = Policy.BATON,
-    speedup: Annotated[float, typer.Option(min=1e-6, help="Arrivals come so many times as fast as recorded.")] = 1.0,
     worker_model: Annotated[
         str, typer.Option(help='How long steps take: "declared", or the file of `baton bench profile`, with "fitted:" before it or not.')
     ] = DECLARED,
@@ -45,24 +49,18 @@ def sim(
     max_local_tokens: Annotated[
         int | None, typer.Option(min=0, help="Decode workers compute at most so many prompt tokens; as the router sees fit when not given.")
     ] = None,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a block in the trace, and of a KV block.")] = mooncake.BLOCK_SIZE,
-    requests: Annotated[int | None, typer.Option(min=1, help="Only so many requests, the first ones.")] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="So many copies of the trace at the same time, which share nothing.")] = 1,
+    ttft_slo: Annotated[float, typer.Option(min=1e-3, help="Objective: seconds to the first token.")] = 1.0,
+    ttft_slo_per_token: Annotated[float, typer.Option(min=0.0, help="Objective: that many seconds more for each prompt token.")] = 0.0,
+    tpot_slo: Annotated[float, typer.Option(min=1e-4, help="Objective: seconds per token after the first.")] = 0.1,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the result goes (.json), its requests beside it.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Where the report goes.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """The router's own code on a virtual clock, before workers that are models."""
     try:
-        schedule = mooncake.read(trace, block_size=block_size).repeated(repeat)
-        if requests is not None:
-            schedule = schedule.first(num_requests=requests)
-        schedule = schedule.with_speedup(speedup)
-        if worker_model == DECLARED:
-            model = dataclasses.replace(declared(), block_size=block_size)
-        else:
-            model = fitted(Path(worker_model.removeprefix(FITTED)))
-            if block_size % model.block_size:
-                raise BadInput(f"the trace's blocks of {block_size} tokens are no multiple of the workers', which have {model.block_size}")
-            schedule = schedule.shrunk(block_size // model.block_size)
+        schedule = load_workload(workload)
+        model = declared() if worker_model == DECLARED else fitted(Path(worker_model.removeprefix(FITTED)))
+        schedule, model = _matched(schedule, model, is_declared=worker_model == DECLARED)
         started = time.perf_counter()
         simulation = simulate(
             schedule,
@@ -76,15 +74,36 @@ def sim(
             link_bytes_per_s=None if link_gbps is None else link_gbps * 1e9 / 8,
         )
         wall_s = time.perf_counter() - started
+        possible = ceilings(schedule, num_pools=prefill or decode, blocks_per_pool=model.num_blocks)
+        if output is not None or html is not None:
+            objective = Objective(ttft_s=ttft_slo, ttft_per_token_s=ttft_slo_per_token, tpot_s=tpot_slo)
+            name = f"simulated: {Path(workload.source).name}"
+            result, records = result_of(simulation, schedule, model, objective, possible, name=name, workers=(prefill, decode))
+            if output is not None:
+                save_result(result, records, output)
+            write_page(run_page(result, records), html)
     except BadInput as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    report = _report(simulation, wall_s, ceilings(schedule, num_pools=prefill or decode, blocks_per_pool=model.num_blocks))
+    report = _report(simulation, wall_s, possible)
     report["source"], report["schedule_sha256"] = schedule.source, schedule.digest
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
         _print(report)
+
+
+def _matched(schedule: Schedule, model: WorkerModel, *, is_declared: bool) -> tuple[Schedule, WorkerModel]:
+    """Content blocks and KV blocks of one size: a declared worker has the schedule's, a real one its own, to which lengths are divided."""
+    if any(request.text for request in schedule.requests):
+        raise BadInput("a simulation needs prompts of blocks: of texts nobody knows what they share")
+    if is_declared:
+        return schedule, dataclasses.replace(model, block_size=schedule.block_size)
+    if schedule.block_size % model.block_size:
+        raise BadInput(
+            f"the workload's blocks of {schedule.block_size} tokens are no multiple of the workers', which have {model.block_size}"
+        )
+    return schedule.shrunk(schedule.block_size // model.block_size), model
 
 
 def _report(simulation: Simulation, wall_s: float, ceiling: Ceilings) -> dict[str, Any]:

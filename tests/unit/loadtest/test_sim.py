@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from loadtest.app import app
 from loadtest.ceilings import block_hash, ceilings
 from loadtest.files import BadInput
+from loadtest.result import load_result
 from loadtest.schedule import PlannedRequest, Schedule
 from loadtest.sim import simulation as simulation_module
 from loadtest.sim.events import Events
@@ -349,3 +350,28 @@ def test_command_prints_one_json_object_and_refuses_what_it_cannot_read(tmp_path
     result = CliRunner().invoke(app, ["sim", str(tmp_path / "missing.jsonl")])
     assert result.exit_code == 2
     assert "missing.jsonl" in result.stderr
+
+
+def test_command_when_a_result_is_asked_for_writes_what_a_run_would(tmp_path: Path) -> None:
+    arguments = ["sim", "generated", "--requests", "200", "--prefill", "2", "--decode", "2", "--max-model-len", "50000", "--json"]
+    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")])
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.output)
+    found, records = load_result(tmp_path / "r.json")
+    assert found.kind == "sim" and found.verdict.valid and found.schedule.digest == printed["schedule_sha256"]
+    assert found.summary.completed == printed["requests"]["completed"] == len(records)
+    assert found.summary.ttft_ms is not None and found.summary.ttft_ms.p90 == pytest.approx(printed["ttft_ms"]["p90"])
+    assert found.summary.prefix_reuse == pytest.approx(printed["prefix_reuse"])
+    assert found.summary.decode_reuse == pytest.approx(printed["decode_reuse"])
+    # In virtual time nothing is lost between stages.
+    for record in records:
+        assert record.e2e_s is not None and sum(record.stages.values()) == pytest.approx(record.e2e_s, abs=1e-9)
+        assert min(record.stages.values()) >= -1e-9
+    assert "Where the time goes" in (tmp_path / "r.html").read_text()
+
+
+def test_command_when_the_workload_is_of_texts_refuses_it(tmp_path: Path) -> None:
+    texts = tmp_path / "t.jsonl"
+    texts.write_text('{"prompt": "hello"}\n')
+    result = CliRunner().invoke(app, ["sim", str(texts)])
+    assert result.exit_code == 2 and "of texts nobody knows what they share" in result.output
