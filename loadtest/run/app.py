@@ -55,7 +55,7 @@ def run(
         int | None, typer.Option(min=0, help="Of the prompts' tokens; drawn when not given, so that no run finds the last one's in caches.")
     ] = None,
     fault: Annotated[
-        list[str] | None, typer.Option(help="KIND:WHO@AT[/EVERY], KIND one of kill, freeze=S, drain, rolling: kill:prefill,decode@20/20.")
+        list[str] | None, typer.Option(help="KIND:WHO@AT\\[/EVERY], KIND one of kill, freeze=S, drain, rolling: kill:prefill,decode@20/20.")
     ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="Result of the same schedule without faults; made after the run when there are faults and no file.")

@@ -19,16 +19,17 @@ START_NS = 1_790_000_000_000_000_000
 
 
 def aiperf_row(**changes: Any) -> dict[str, Any]:
-    """A request that waited 2 ms for its sender, 100 ms for its first token, and brought 5 tokens in 4 chunks."""
+    """A request that waited 2 ms for its sender, 100 ms for its first token, and brought 5 of 8 tokens in 4 chunks."""
     return {
         "metadata": {
             "session_num": 0,
             "x_request_id": "r0",
+            "x_correlation_id": "x0",
             "conversation_id": "c0",
             "turn_index": 0,
             "credit_issued_ns": START_NS,
             "request_start_ns": START_NS + 2_000_000,
-            "request_end_ns": START_NS + 302_500_000,
+            "request_end_ns": START_NS + 302_500_000,  # half a millisecond after the last token
             "worker_id": "worker_1",
             "record_processor_id": "record_processor_1",
             "benchmark_phase": "profiling",
@@ -43,6 +44,7 @@ def aiperf_row(**changes: Any) -> dict[str, Any]:
             "usage_prompt_tokens": {"value": 96, "unit": "tokens"},
             "usage_prompt_cache_read_tokens": {"value": 64, "unit": "tokens"},
             "output_sequence_length": {"value": 5, "unit": "tokens"},
+            "osl_mismatch_diff_pct": {"value": -37.5, "unit": "%"},
         },
         "error": None,
     } | changes
@@ -72,13 +74,25 @@ def test_load_any_when_aiperf_wrote_it_keeps_its_figures_and_counts_from_the_cre
     first = records[0]
     assert (first.at_s, first.outcome, first.input_tokens, first.cached_tokens, first.output_tokens) == (0.0, Outcome.COMPLETED, 96, 64, 5)
     # Seconds since 1970 in floating point are good for a microsecond.
-    assert (first.sent_s, first.ttft_s, first.tpot_s, first.e2e_s) == pytest.approx((0.002, 0.102, 0.05, 0.302), abs=2e-6)
+    assert (first.sent_s, first.ttft_s, first.tpot_s, first.e2e_s) == pytest.approx((0.002, 0.102, 0.05, 0.3025), abs=2e-6)
+    assert (first.planned_tokens, first.session, first.request_id) == (8, "", "r0")
     assert first.gaps_s == pytest.approx([0.05, 0.05, 0.1])
     assert result.summary.ttft_as_sent_ms is not None and result.summary.ttft_as_sent_ms.p50 == pytest.approx(100.0, abs=2e-3)
     assert (records[1].outcome, records[1].error) == (Outcome.REFUSED, "HTTPError: busy")
     assert records[1].at_s == pytest.approx(1.0, abs=1e-6)
     assert records[2].outcome is Outcome.FAILED
     assert (result.kind, result.name, result.schedule.requests) == ("imported", "profile_export.jsonl (AIPerf)", 3)
+
+
+def test_load_any_when_aiperf_had_conversations_keeps_the_turns_of_each_together(tmp_path: Path) -> None:
+    turns = [("x0", 0), ("x1", 0), ("x0", 1), ("x2", 0)]
+    rows = [
+        aiperf_row(metadata=metadata(number * 1_000_000_000, x_correlation_id=name, turn_index=turn), metrics={})
+        for number, (name, turn) in enumerate(turns)
+    ]
+    _, records = load_any(write_lines(tmp_path / "profile_export.jsonl", *rows))
+    assert [record.session for record in records] == ["x0", "", "x0", ""]
+    assert {record.planned_tokens for record in records} == {0}
 
 
 def vllm_file(**changes: Any) -> dict[str, Any]:
