@@ -42,7 +42,9 @@ def sim(
     link_gbps: Annotated[
         float | None, typer.Option(min=1e-6, help="10^9 bits/s of each worker's link, each way; blocks travel in no time when not given.")
     ] = None,
-    overhead_ms: Annotated[float, typer.Option(min=0.0, help="What calls and wake-ups add to a request before decode has it.")] = 0.0,
+    overhead_ms: Annotated[
+        float | None, typer.Option(min=0.0, help="What calls and wake-ups add to a first token; what was profiled when not given.")
+    ] = None,
     router_model: Annotated[
         RouterModel, typer.Option(help="What the router knows of the workers' speed: it learns it, as it does in a mesh, or is told it.")
     ] = RouterModel.LEARNT,
@@ -70,7 +72,7 @@ def sim(
             policy=policy,
             router_model=router_model,
             max_local_tokens=max_local_tokens,
-            overhead_s=overhead_ms / 1e3,
+            overhead_s=model.overhead_s if overhead_ms is None else overhead_ms / 1e3,
             link_bytes_per_s=None if link_gbps is None else link_gbps * 1e9 / 8,
         )
         wall_s = time.perf_counter() - started

@@ -29,6 +29,7 @@ class WorkerModel:
     max_num_seqs          sequences that have blocks at the same time, at most
     decodes_first_token   a first token comes from decode's first step on the prompt that has landed; else prefill has it already
     block_bytes           of one KV block; decides nothing while links are free
+    overhead_s            what calls and wake-ups add to a first token
     """
 
     prefill: PrefillShape
@@ -40,6 +41,7 @@ class WorkerModel:
     max_num_seqs: int
     decodes_first_token: bool
     block_bytes: int
+    overhead_s: float = 0.0
 
     def step_s(self, chunks: Sequence[Chunk], num_decoding: int, context_blocks: float) -> float:
         """Seconds of one step.
@@ -114,6 +116,7 @@ class _Profile(msgspec.Struct, frozen=True, kw_only=True):
     block_bytes: Positive
     prefill: _FittedShape
     decode: _FittedShape
+    overhead_s: Seconds = 0.0
 
 
 def fitted(path: Path) -> WorkerModel:
@@ -137,4 +140,5 @@ def fitted(path: Path) -> WorkerModel:
         max_num_seqs=profile.max_num_seqs,
         decodes_first_token=False,
         block_bytes=profile.block_bytes,
+        overhead_s=profile.overhead_s,
     )

@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from services.core.types import SamplingParams
 from services.engine.core import EngineCore
@@ -38,8 +38,10 @@ class Fit:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerProfile:
     """
-    chunk_tokens   prompt tokens that a step takes at most, as the engine has settled on here
-    block_bytes    of one KV block, over all layers
+    chunk_tokens     prompt tokens that a step takes at most, as the engine has settled on here
+    block_bytes      of one KV block, over all layers
+    prefill, decode  of the worker; engine_prefill, engine_decode: of its engine by itself, where the others are of processes
+    overhead_s       what calls add to a first token
     """
 
     model: str
@@ -49,9 +51,25 @@ class WorkerProfile:
     chunk_tokens: int
     max_num_seqs: int
     block_bytes: int
+    vocab_size: int
+    max_model_len: int
     prefill: Fit
     decode: Fit
+    overhead_s: float = 0.0
+    engine_prefill: Fit | None = None
+    engine_decode: Fit | None = None
     format: str = FORMAT
+
+    def in_processes(self, prefill: Sequence[Observation], decode: Sequence[Observation], overheads_s: Sequence[float]) -> "WorkerProfile":
+        """The same workers as parts of a mesh; what the engine does alone stays beside it."""
+        return replace(
+            self,
+            prefill=_fit(prefill, PRIOR_PREFILL),
+            decode=_fit(decode, PRIOR_STEP),
+            overhead_s=statistics.median(overheads_s),
+            engine_prefill=self.prefill,
+            engine_decode=self.decode,
+        )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -73,6 +91,8 @@ def profile_worker(core: EngineCore, *, rounds: int, hardware: str, model: str) 
         chunk_tokens=core.scheduler.prefill_chunk_tokens,
         max_num_seqs=core.scheduler.max_num_seqs,
         block_bytes=core.block_bytes,
+        vocab_size=core.vocab_size,
+        max_model_len=core.max_model_len,
         prefill=_fit(prefill, PRIOR_PREFILL),
         decode=_fit(decode, PRIOR_STEP),
     )
