@@ -72,7 +72,7 @@ def sim(
             policy=policy,
             router_model=router_model,
             max_local_tokens=max_local_tokens,
-            overhead_s=model.overhead_s if overhead_ms is None else overhead_ms / 1e3,
+            overhead_s=None if overhead_ms is None else overhead_ms / 1e3,
             link_bytes_per_s=None if link_gbps is None else link_gbps * 1e9 / 8,
         )
         wall_s = time.perf_counter() - started

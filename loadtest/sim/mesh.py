@@ -72,12 +72,14 @@ class SimRecord:
 class SimMesh:
     """The way of requests between a router and workers.
 
-    overhead_s   from the router's decision until decode has the request
-    links        that blocks travel over; None: in no time
+    overhead_s          from the router's decision until decode has the request
+    remote_overhead_s   more, when another worker computes the prompt: from room on decode until prefill has it
+    links               that blocks travel over; None: in no time
     """
 
-    def __init__(self, events: Events, *, overhead_s: float = 0.0, links: Links | None = None) -> None:
+    def __init__(self, events: Events, *, overhead_s: float = 0.0, remote_overhead_s: float = 0.0, links: Links | None = None) -> None:
         self.links = links
+        self.remote_overhead_s = remote_overhead_s
         self._events = events
         self._overhead_s = overhead_s
         self._workers: dict[str, SimWorker] = {}
@@ -200,6 +202,10 @@ class _Run:
             self._prefill = None
             self._events.at(now_s, partial(self._decode.start, self._here, 0))
             return
+        self._events.at(now_s + self._mesh.remote_overhead_s, self._call_prefill)
+
+    def _call_prefill(self) -> None:
+        assert self._prefill is not None
         _Prefill(self, self._prefill, self._prompt, self._mesh.links)
 
     def computed(self, num_tokens: int) -> None:
@@ -262,7 +268,7 @@ class _Run:
         outcome = PrefillOutcome(
             worker_id=record.prefill_worker_id,
             decode_queue_s=record.reserved_s - record.at_s,
-            queue_s=record.prefill_began_s - record.reserved_s,
+            queue_s=record.prefill_began_s - record.reserved_s - (0.0 if is_local else self._mesh.remote_overhead_s),
             prefill_s=record.prefill_done_s - record.prefill_began_s,
             new_tokens=record.input_tokens - cached,
             cached_tokens=cached,

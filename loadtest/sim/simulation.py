@@ -51,14 +51,14 @@ def simulate(
     policy: Policy = Policy.BATON,
     router_model: RouterModel = RouterModel.LEARNT,
     max_local_tokens: int | None = None,
-    overhead_s: float = 0.0,
+    overhead_s: float | None = None,
     link_bytes_per_s: float | None = None,
 ) -> Simulation:
     """Runs a schedule to its end.
 
     max_local_tokens   as the router's setting of that name
     link_bytes_per_s   of each worker's link, in each direction, shared by its transfers; None: blocks travel in no time
-    overhead_s         from the router's decision until decode has the request
+    overhead_s         from the router's decision until decode has the request; None: the model's
     Raises BadInput when the blocks of schedule and workers differ, or a request fits on no worker.
     """
     if schedule.block_size != model.block_size:
@@ -71,7 +71,12 @@ def simulate(
             )
     events = Events()
     links = None if link_bytes_per_s is None else Links(events, bytes_per_s=link_bytes_per_s)
-    mesh = SimMesh(events, overhead_s=overhead_s, links=links)
+    mesh = SimMesh(
+        events,
+        overhead_s=model.overhead_s if overhead_s is None else overhead_s,
+        remote_overhead_s=model.remote_overhead_s,
+        links=links,
+    )
     prefill = [SimWorker(f"prefill-{index}", model, events, on_step=mesh.stepped) for index in range(num_prefill)]
     decode = [SimWorker(f"decode-{index}", model, events, on_step=mesh.stepped) for index in range(num_decode)]
     router: SimRouter

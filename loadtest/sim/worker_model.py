@@ -29,7 +29,7 @@ class WorkerModel:
     max_num_seqs          sequences that have blocks at the same time, at most
     decodes_first_token   a first token comes from decode's first step on the prompt that has landed; else prefill has it already
     block_bytes           of one KV block; decides nothing while links are free
-    overhead_s            what calls and wake-ups add to a first token
+    overhead_s            what calls and wake-ups add to a first token; remote_overhead_s: more, when prefill computes the prompt
     """
 
     prefill: PrefillShape
@@ -42,6 +42,7 @@ class WorkerModel:
     decodes_first_token: bool
     block_bytes: int
     overhead_s: float = 0.0
+    remote_overhead_s: float = 0.0
 
     def step_s(self, chunks: Sequence[Chunk], num_decoding: int, context_blocks: float) -> float:
         """Seconds of one step.
@@ -117,6 +118,7 @@ class _Profile(msgspec.Struct, frozen=True, kw_only=True):
     prefill: _FittedShape
     decode: _FittedShape
     overhead_s: Seconds = 0.0
+    remote_overhead_s: Seconds = 0.0
 
 
 def fitted(path: Path) -> WorkerModel:
@@ -141,4 +143,5 @@ def fitted(path: Path) -> WorkerModel:
         decodes_first_token=False,
         block_bytes=profile.block_bytes,
         overhead_s=profile.overhead_s,
+        remote_overhead_s=profile.remote_overhead_s,
     )

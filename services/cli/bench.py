@@ -67,7 +67,9 @@ def profile(
     except OSError as error:
         raise InvalidRequest("--output", f"{output}: {error.strerror}") from error
     typer.echo(f"{output}: blocks of {found.block_size} tokens, {found.num_blocks} of them, chunks of {found.chunk_tokens} tokens")
-    typer.echo(f"calls add {1e3 * found.overhead_s:.1f} ms to a first token")
+    typer.echo(
+        f"calls add {1e3 * found.overhead_s:.1f} ms to a first token, and {1e3 * found.remote_overhead_s:.1f} ms when prefill computes it"
+    )
     for name, fit, per in (
         ("prefill", found.prefill, ("step", "token", "pair of tokens")),
         ("  its engine alone", found.engine_prefill, ("step", "token", "pair of tokens")),
@@ -109,7 +111,8 @@ def _in_processes(found: "WorkerProfile", options: MeshOptions, rounds: int) -> 
         except BatonError as error:
             raise PeerUnavailable(f"{error.message}\nlogs: {logs}") from error
     shutil.rmtree(logs)
-    return found.in_processes(measured[0].prefill, measured[0].decode, measured[0].overheads_s)
+    of = measured[0]
+    return found.in_processes(prefill=of.prefill, decode=of.decode, overheads_s=of.overheads_s, remote_overheads_s=of.remote_overheads_s)
 
 
 def _hardware(threads: int) -> str:

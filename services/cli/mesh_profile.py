@@ -5,7 +5,8 @@ prompt, or of a batch that decodes:
 
     prompt    steps × constant + per token × n + per pair × n²        n tokens, none of them cached: Σ new (new + 2 done) over its chunks
     decode    constant + per sequence × sequences + per block × blocks that they read
-    overhead  from the client's send to its first token, less the prompt's computing: calls, wake-ups, blocks on their way
+    overhead  from the client's send to its first token, less the prompt's computing: calls and wake-ups; and, apart from these, the call of
+              prefill and the blocks' way back, which a prompt that decode computes has not
 """
 
 import asyncio
@@ -28,11 +29,12 @@ SHORTEST = 16
 
 @dataclass(slots=True)
 class MeshProfile:
-    """overheads_s: of each prompt that was alone."""
+    """overheads_s: of each prompt that was alone; remote_overheads_s: those parts of it that a prompt computed on decode has not."""
 
     prefill: list[Observation] = field(default_factory=list)
     decode: list[Observation] = field(default_factory=list)
     overheads_s: list[float] = field(default_factory=list)
+    remote_overheads_s: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,11 @@ async def profile_mesh(router: str, *, rounds: int, chunk_tokens: int, block_siz
         for _ in range(rounds):
             for length in lengths:
                 answer = await ask(length)
-                prefill_s = answer.ended.timing.prefill_s
+                timing = answer.ended.timing
+                prefill_s, remote_s = timing.prefill_s, timing.to_prefill_s + timing.prefill_return_s + timing.transfer_tail_s
                 found.prefill.append(((float(-(-length // chunk_tokens)), float(length), float(length * length)), prefill_s))
-                found.overheads_s.append(max(0.0, answer.ttft_s - prefill_s))
+                found.overheads_s.append(max(0.0, answer.ttft_s - prefill_s - remote_s))
+                found.remote_overheads_s.append(remote_s)
             for size in BATCHES:
                 for length in (lengths[-1], lengths[len(lengths) // 2]):
                     answers = await asyncio.gather(*(ask(length) for _ in range(size)))

@@ -41,7 +41,7 @@ class WorkerProfile:
     chunk_tokens     prompt tokens that a step takes at most, as the engine has settled on here
     block_bytes      of one KV block, over all layers
     prefill, decode  of the worker; engine_prefill, engine_decode: of its engine by itself, where the others are of processes
-    overhead_s       what calls add to a first token
+    overhead_s       what calls add to a first token; remote_overhead_s: more, when prefill computes the prompt
     """
 
     model: str
@@ -56,17 +56,26 @@ class WorkerProfile:
     prefill: Fit
     decode: Fit
     overhead_s: float = 0.0
+    remote_overhead_s: float = 0.0
     engine_prefill: Fit | None = None
     engine_decode: Fit | None = None
     format: str = FORMAT
 
-    def in_processes(self, prefill: Sequence[Observation], decode: Sequence[Observation], overheads_s: Sequence[float]) -> "WorkerProfile":
+    def in_processes(
+        self,
+        *,
+        prefill: Sequence[Observation],
+        decode: Sequence[Observation],
+        overheads_s: Sequence[float],
+        remote_overheads_s: Sequence[float],
+    ) -> "WorkerProfile":
         """The same workers as parts of a mesh; what the engine does alone stays beside it."""
         return replace(
             self,
             prefill=_fit(prefill, PRIOR_PREFILL),
             decode=_fit(decode, PRIOR_STEP),
             overhead_s=statistics.median(overheads_s),
+            remote_overhead_s=statistics.median(remote_overheads_s),
             engine_prefill=self.prefill,
             engine_decode=self.decode,
         )

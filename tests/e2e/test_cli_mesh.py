@@ -256,3 +256,36 @@ def test_demo_when_run_shows_four_timelines_moves_blocks_and_leaves_nothing(bato
     assert logs is None, "nothing is left on disk either"
     assert re.search(r"^  curl http://\S+/v1/completions ", result.stdout, re.MULTILINE)
     assert '"object":"text_completion"' in result.stdout
+
+
+def test_profile_when_made_of_real_processes_is_read_by_the_simulator(baton: Baton) -> None:
+    result = baton.run("bench", "profile", "--rounds", "1", "-o", "worker.json", timeout_s=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert baton.processes() == {}
+    profile = json.loads((baton.folder / "worker.json").read_text())
+    # Calls take time, and a worker's steps at least their engine's, give or take what a busy machine does to either.
+    assert 0.0 < profile["overhead_s"] < 1.0 and 0.0 < profile["remote_overhead_s"] < 1.0
+    assert profile["decode"]["seconds"][0] + profile["decode"]["seconds"][1] > 0.0
+    simulated = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "loadtest",
+            "sim",
+            "generated",
+            "--scale",
+            "32",
+            "--requests",
+            "50",
+            "--worker-model",
+            "worker.json",
+            "--json",
+        ],
+        cwd=baton.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert simulated.returncode == 0, simulated.stderr
+    assert json.loads(simulated.stdout)["requests"]["completed"] == 50

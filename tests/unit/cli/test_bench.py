@@ -77,3 +77,17 @@ def test_bench_when_the_file_s_directory_is_missing_says_so_before_it_measures(t
     result = CliRunner().invoke(app, ["bench", "profile", "-o", str(tmp_path / "none" / "worker.json")])
     assert isinstance(result.exception, InvalidRequest)
     assert "none is no directory" in result.exception.message
+
+
+def test_profile_of_processes_is_fitted_to_what_they_took_and_keeps_the_engine_s(profile: WorkerProfile, tmp_path: Path) -> None:
+    prefill = [((1.0, float(n), float(n * n)), 0.002 + n * 1e-4 + n * n * 1e-8) for n in (16, 32, 64, 128, 256, 512)]
+    decode = [((1.0, float(size), 4.0 * size), 0.001 + size * 3e-4) for size in (1, 2, 4, 8)]
+    found = profile.in_processes(prefill=prefill, decode=decode, overheads_s=[0.004, 0.005, 0.9], remote_overheads_s=[0.001, 0.003, 0.002])
+    assert (found.engine_prefill, found.engine_decode) == (profile.prefill, profile.decode)
+    assert found.prefill.seconds == pytest.approx((0.002, 1e-4, 1e-8), rel=0.2)
+    assert found.prefill.median_error < 0.02 and found.decode.median_error < 0.02
+    path = tmp_path / "worker.json"
+    path.write_text(found.to_json())
+    model = fitted(path)
+    # Medians: one stall is no more telling than any other observation.
+    assert (model.overhead_s, model.remote_overhead_s) == (0.005, 0.002)

@@ -375,3 +375,13 @@ def test_command_when_the_workload_is_of_texts_refuses_it(tmp_path: Path) -> Non
     texts.write_text('{"prompt": "hello"}\n')
     result = CliRunner().invoke(app, ["sim", str(texts)])
     assert result.exit_code == 2 and "of texts nobody knows what they share" in result.output
+
+
+def test_first_token_when_calls_take_time_waits_for_them_once_more_for_prefill() -> None:
+    model = dataclasses.replace(declared(), decodes_first_token=False, overhead_s=0.25, remote_overhead_s=0.5)
+    schedule = Schedule(block_size=512, requests=(_request(0.0, 1024, 2, 0),), source="one")
+    for num_prefill, expected_s in ((1, 0.75), (0, 0.25)):
+        found = simulate(schedule, model, num_prefill=num_prefill, num_decode=1, policy=Policy.ROUND_ROBIN).records[0]
+        assert found.prefill_done_s is not None and found.prefill_began_s is not None
+        assert found.prefill_began_s == pytest.approx(expected_s)
+        assert found.ttft_s == pytest.approx(expected_s + model.prefill.seconds(1024, 0))
