@@ -22,6 +22,7 @@ from loadtest.report.run_page import run_page
 from loadtest.result import save_result
 from loadtest.schedule import Schedule
 from loadtest.sim.outcome import result_of
+from loadtest.sim.policy_table import DYNAMO_DIGEST, policy_table
 from loadtest.sim.simulation import Policy, RouterModel, Simulation, simulate
 from loadtest.sim.worker_model import WorkerModel, declared, fitted
 from loadtest.workload_options import WorkloadOptions, load_workload, takes_workload
@@ -56,6 +57,7 @@ def sim(
     tpot_slo: Annotated[float, typer.Option(min=1e-4, help="Objective: seconds per token after the first.")] = 0.1,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the result goes (.json), its requests beside it.")] = None,
     html: Annotated[Path | None, typer.Option(help="Where the report goes.")] = None,
+    as_table: Annotated[bool, typer.Option("--table", help="Both policies at speed-ups 1, 2, 3, 4 and 6, in one table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """The router's own code on a virtual clock, before workers that are models."""
@@ -63,20 +65,32 @@ def sim(
         schedule = load_workload(workload)
         model = declared() if worker_model == DECLARED else fitted(Path(worker_model.removeprefix(FITTED)))
         schedule, model = _matched(schedule, model, is_declared=worker_model == DECLARED)
-        started = time.perf_counter()
-        simulation = simulate(
-            schedule,
-            model,
-            num_prefill=prefill,
-            num_decode=decode,
-            policy=policy,
-            router_model=router_model,
-            max_local_tokens=max_local_tokens,
-            overhead_s=None if overhead_ms is None else overhead_ms / 1e3,
-            link_bytes_per_s=None if link_gbps is None else link_gbps * 1e9 / 8,
-        )
-        wall_s = time.perf_counter() - started
         possible = ceilings(schedule, num_pools=prefill or decode, blocks_per_pool=model.num_blocks)
+
+        def simulated(policy: Policy, speedup: float) -> tuple[Simulation, float]:
+            started = time.perf_counter()
+            simulation = simulate(
+                schedule.with_speedup(speedup),
+                model,
+                num_prefill=prefill,
+                num_decode=decode,
+                policy=policy,
+                router_model=router_model,
+                max_local_tokens=max_local_tokens,
+                overhead_s=None if overhead_ms is None else overhead_ms / 1e3,
+                link_bytes_per_s=None if link_gbps is None else link_gbps * 1e9 / 8,
+            )
+            return simulation, time.perf_counter() - started
+
+        if as_table:
+            is_dynamo_s = (schedule.digest, worker_model, prefill, decode) == (DYNAMO_DIGEST, DECLARED, 8, 8)
+            table, reports = policy_table(lambda policy, speedup: _report(*simulated(policy, speedup), possible), beside_dynamo=is_dynamo_s)
+            if as_json:
+                typer.echo(json.dumps(reports, indent=2))
+            else:
+                Console().print(table)
+            return
+        simulation, wall_s = simulated(policy, 1.0)
         if output is not None or html is not None:
             objective = Objective(ttft_s=ttft_slo, ttft_per_token_s=ttft_slo_per_token, tpot_s=tpot_slo)
             name = f"simulated: {Path(workload.source).name}"

@@ -17,6 +17,7 @@ from loadtest.result import load_result
 from loadtest.schedule import PlannedRequest, Schedule
 from loadtest.sim import simulation as simulation_module
 from loadtest.sim.events import Events
+from loadtest.sim.policy_table import DYNAMO, SPEEDUPS, policy_table
 from loadtest.sim.router import BatonRouter, Prompt, Routed
 from loadtest.sim.simulation import Policy, RouterModel, Simulation, simulate
 from loadtest.sim.worker import SimWorker
@@ -385,3 +386,25 @@ def test_first_token_when_calls_take_time_waits_for_them_once_more_for_prefill()
         assert found.prefill_done_s is not None and found.prefill_began_s is not None
         assert found.prefill_began_s == pytest.approx(expected_s)
         assert found.ttft_s == pytest.approx(expected_s + model.prefill.seconds(1024, 0))
+
+
+def test_table_when_asked_for_has_both_policies_at_all_speedups() -> None:
+    arguments = ["sim", "generated", "--requests", "60", "--prefill", "2", "--decode", "2", "--table"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.output)
+    assert [(row["policy"], row["speedup"]) for row in rows] == [
+        (policy, speed) for policy in ("round-robin", "baton") for speed in SPEEDUPS
+    ]
+    assert all(row["requests"]["completed"] == 60 for row in rows)
+    assert rows[0]["virtual_s"] > rows[4]["virtual_s"]  # six times as fast
+    printed = CliRunner().invoke(app, arguments).output
+    assert "round-robin" in printed and "Dynamo" not in printed  # whose figures are of another trace
+
+
+def test_table_when_the_peer_s_figures_are_of_the_same_puts_them_beside_ours() -> None:
+    values = {"mean": 1.0, "p50": 2.0, "p90": 3.0, "p99": 4.0}
+    report = {"prefix_reuse": 0.5, "decode_reuse": 0.25, "ttft_ms": values, "tpot_ms": values}
+    table, reports = policy_table(lambda policy, speedup: report, beside_dynamo=True)
+    assert table.row_count == 2 * len(reports) == 4 * len(SPEEDUPS)
+    assert set(DYNAMO) == {(policy, speedup) for policy in Policy for speedup in SPEEDUPS}
