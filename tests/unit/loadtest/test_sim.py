@@ -398,7 +398,7 @@ def test_table_when_asked_for_has_both_policies_at_all_speedups() -> None:
     ]
     assert all(row["requests"]["completed"] == 60 for row in rows)
     assert rows[0]["virtual_s"] > rows[4]["virtual_s"]  # six times as fast
-    printed = CliRunner().invoke(app, arguments).output
+    printed = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"}).output
     assert "round-robin" in printed and "Dynamo" not in printed  # whose figures are of another trace
 
 
