@@ -16,6 +16,7 @@ import msgspec
 from loadtest.ceilings import Ceilings
 from loadtest.files import BadInput
 from loadtest.records import Objective, RequestRecord, load_records, save_records
+from loadtest.schedule import Schedule
 from loadtest.summary import Summary
 from loadtest.verdict import Verdict as Verdict  # its name belongs to the format
 
@@ -31,6 +32,18 @@ class ScheduleFacts(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     duration_s: float
     block_size: int
+
+    @classmethod
+    def of(cls, schedule: Schedule, *, duration_s: float) -> "ScheduleFacts":
+        """duration_s: until the last arrival, which for a session's turns only the run knows."""
+        return cls(
+            source=schedule.source,
+            digest=schedule.digest,
+            seed=schedule.seed,
+            requests=len(schedule),
+            duration_s=duration_s,
+            block_size=schedule.block_size,
+        )
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):

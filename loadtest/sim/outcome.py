@@ -34,14 +34,7 @@ def result_of(
         baton=this_version(),
         commit=this_commit(),
         machine=this_machine(),
-        schedule=ScheduleFacts(
-            source=schedule.source,
-            digest=schedule.digest,
-            seed=schedule.seed,
-            requests=len(schedule),
-            duration_s=duration_s,
-            block_size=schedule.block_size,
-        ),
+        schedule=ScheduleFacts.of(schedule, duration_s=duration_s),
         cluster=Cluster(
             target="simulated",
             prefill_workers=workers[0],
