@@ -1,6 +1,8 @@
 """OpenAI's HTTP, streamed: /v1/completions or /v1/chat/completions of any server. httptools parses HTTP, this file server-sent events.
 
 Connections are kept and used again, as clients that people use do; a new one is opened when all are busy, so no request waits for another.
+A server may close a kept connection just as a request is sent on it: without a single byte of an answer that request is sent once more, on
+a new connection, and its time goes on.
 """
 
 import asyncio
@@ -34,11 +36,18 @@ class HttpClient:
 
     async def send(self, payload: bytes, answer: Answer, timeout_s: float) -> None:
         answer.sent_s = time.monotonic()
+        request = f"{self._head}content-length: {len(payload)}\r\n\r\n".encode() + payload
         connection = None
         try:
             async with asyncio.timeout(timeout_s):
-                connection = self._take_idle() or await self._open()
-                await connection.exchange(f"{self._head}content-length: {len(payload)}\r\n\r\n".encode() + payload, answer)
+                connection = self._take_idle()
+                if connection is not None:
+                    await connection.exchange(request, answer)
+                    if not connection.was_closed_unheard:
+                        return
+                    answer.error = ""
+                connection = await self._open()
+                await connection.exchange(request, answer)
         except TimeoutError:
             answer.error = f"DeadlineExceeded: no end within {timeout_s:g} s"
         except OSError as error:
@@ -84,6 +93,12 @@ class _Connection(asyncio.Protocol):
         self._keeps_alive = True
         self._body: list[bytes] = []  # of an answer that is no stream
         self._is_done = False
+        self._has_heard = False
+
+    @property
+    def was_closed_unheard(self) -> bool:
+        """Whether the last exchange ended with the connection, before anything came."""
+        return not self._is_open and not self._has_heard
 
     @property
     def is_reusable(self) -> bool:
@@ -93,7 +108,7 @@ class _Connection(asyncio.Protocol):
         """Sends a request and notes the answer until its end."""
         assert self._transport is not None
         self._answer, self._parser = answer, httptools.HttpResponseParser(self)
-        self._buffer, self._body, self._status, self._is_done = b"", [], 0, False
+        self._buffer, self._body, self._status, self._is_done, self._has_heard = b"", [], 0, False, False
         self._ended = asyncio.get_running_loop().create_future()
         try:
             self._transport.write(request)
@@ -113,6 +128,7 @@ class _Connection(asyncio.Protocol):
         self._transport, self._is_open = cast(asyncio.Transport, transport), True  # uvloop's own classes are not asyncio's
 
     def data_received(self, data: bytes) -> None:
+        self._has_heard = True
         if self._parser is None:
             self.close()  # nobody has asked for anything
             return

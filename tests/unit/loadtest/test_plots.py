@@ -89,7 +89,7 @@ def test_attainment_by_rate_when_runs_and_searches_are_mixed_is_in_order_of_the_
 def test_reuse_when_hits_are_not_split_is_one_bar_beside_the_ceilings() -> None:
     records = made_records(requests=60)
     for made in records:
-        made.prefill_cached_tokens = made.decode_cached_tokens = 0
+        made.prefill_worker_id = made.decode_worker_id = ""
     summary = made_result(records).summary
     plot = caches.reuse(summary, Ceilings(infinite=0.9, one_pool=0.8, round_robin=0.2))
     assert [(trace.name, list(trace.x)) for trace in plot.data] == [

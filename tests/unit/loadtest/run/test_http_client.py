@@ -149,3 +149,25 @@ def test_connection_when_the_server_keeps_it_is_used_again_and_after_a_deadline_
 
     silent, answered = ask(handle_once_silent, times=2, timeout_s=0.3)
     assert not silent.is_complete and answered.is_complete
+
+
+def test_request_when_a_kept_connection_is_closed_under_it_is_sent_again_and_one_that_was_answered_in_part_is_not() -> None:
+    num_requests = 0
+
+    def closing_after(first_reply: bytes) -> Handler:
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal num_requests
+            for reply in (HEAD + chunk(TOKEN + USAGE + DONE) + END, first_reply):
+                await read_request(reader)
+                num_requests += 1
+                writer.write(reply)
+            writer.close()
+
+        return handle
+
+    answers = ask(closing_after(b""), times=2)
+    assert all(answer.is_complete and answer.output_tokens == 2 for answer in answers) and num_requests == 3
+    num_requests = 0
+    first, second = ask(closing_after(HEAD + chunk(TOKEN)), times=2)
+    assert first.is_complete and num_requests == 2
+    assert second.error.startswith("PeerUnavailable") and not second.is_complete
