@@ -30,6 +30,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     folder = tmp_path_factory.mktemp("mesh")
     port, http_port = free_port(), free_port()
     command = ["-m", "services.cli", "up", "--prefill", "1", "--decode", "2", "--port", str(port), "--http-port", str(http_port)]
+    command += ["--set", "router.max_local_tokens=32"]  # an idle decode worker would rather compute most of these prompts itself
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     log = folder / "up.txt"
     with (
@@ -74,7 +75,8 @@ def test_run_when_the_target_is_a_mesh_sees_inside_it(mesh: tuple[str, str], is_
     assert 0.0 <= summary["reuse"] <= found["ceilings"]["infinite"]
     assert "Where the time goes" in (tmp_path / "r.html").read_text()
     _, records = load_result(tmp_path / "r.json")
-    assert {record.decode_worker_id for record in records} == {"decode-0", "decode-1"}
+    assert {record.decode_worker_id for record in records} <= {"decode-0", "decode-1"}
+    assert "prefill-0" in {record.prefill_worker_id for record in records}
 
 
 def test_run_when_workers_are_killed_and_frozen_loses_nothing_and_says_what_it_cost(mesh: tuple[str, str]) -> None:
