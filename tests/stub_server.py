@@ -4,6 +4,7 @@
 
 Each request gets its first token TTFT_MS after its head was read and one more each ITL_MS, all timed from the first: no error adds up.
 Prompts and answers are counted in token ids, or in words where the prompt is a text. It computes nothing, so it never queues.
+/v1/asked is the number of requests so far, for who wants to do something in the middle of a run.
 """
 
 import asyncio
@@ -23,10 +24,17 @@ MODEL = "stub"
 
 
 def make_app(ttft_s: float, itl_s: float) -> Starlette:
+    num_asked = 0
+
+    async def asked(_: Request) -> Response:
+        return JSONResponse(num_asked)
+
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "nobody", "max_model_len": 1 << 20}]})
 
     async def complete(request: Request) -> Response:
+        nonlocal num_asked
+        num_asked += 1
         began_s = time.monotonic()
         body = await request.json()
         is_chat = "messages" in body
@@ -51,6 +59,7 @@ def make_app(ttft_s: float, itl_s: float) -> Starlette:
     return Starlette(
         routes=[
             Route("/v1/models", models),
+            Route("/v1/asked", asked),
             Route("/v1/completions", complete, methods=["POST"]),
             Route("/v1/chat/completions", complete, methods=["POST"]),
         ]

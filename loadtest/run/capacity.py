@@ -5,9 +5,10 @@ how fast the target is. The last rates are tried with several seeds, and all mus
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 import msgspec
+
+from loadtest.result import CapacityFound
 
 RESOLUTION = 1.1  # highest good rate to lowest bad one
 MOST_PROBES = 16
@@ -35,22 +36,9 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
         return self.attainment >= goal and self.is_stable and self.is_valid
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
-    """
-    rate      the highest that passed with every seed; 0: none did
-    fails_at  the lowest above it that failed; None: none did
-    """
-
-    rate: float
-    fails_at: float | None
-    goal: float
-    probes: tuple[Probe, ...]
-
-
 async def search(
     probe: Callable[[float, int], Awaitable[Probe]], *, first_rate: float, goal: float, resolution: float = RESOLUTION
-) -> Capacity:
+) -> tuple[CapacityFound, list[Probe]]:
     """Asks `probe(rate, seed)` as often as it takes, MOST_PROBES times at most: an interval that wide is the answer then."""
     probes: list[Probe] = []
     passed: dict[float, int] = {}  # rate → seeds it passed with, of those that have not failed since
@@ -84,4 +72,4 @@ async def search(
             bad = rate
     needed = 1 if bad == float("inf") else SEEDS
     good = max((rate for rate, num_seeds in passed.items() if rate < bad and num_seeds >= needed), default=0.0)
-    return Capacity(rate=good, fails_at=None if bad == float("inf") else bad, goal=goal, probes=tuple(probes))
+    return CapacityFound(rate=good, fails_at=None if bad == float("inf") else bad, goal=goal), probes

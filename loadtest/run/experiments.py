@@ -69,10 +69,9 @@ class Experiment:
             self._say(f"{rate:.3g} requests/s: {_words(found)}")
             return found
 
-        found = await search(probe, first_rate=first_rate, goal=goal)
-        experiment, measured = last[found.rate or min(last)]
-        capacity = CapacityFound(rate=found.rate, fails_at=found.fails_at, goal=goal)
-        probes = [{**msgspec.to_builtins(one), "n": one.offered} for one in found.probes]
+        capacity, found = await search(probe, first_rate=first_rate, goal=goal)
+        experiment, measured = last[capacity.rate or min(last)]
+        probes = [{**msgspec.to_builtins(one), "n": one.offered} for one in found]
         return experiment._result(measured, capacity=capacity, probes=probes), measured.records
 
     async def _without_faults(self, path: Path) -> Sequence[RequestRecord]:

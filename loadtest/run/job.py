@@ -33,7 +33,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     num_senders: int
     timeout_s: float
     prompt_seed: int
-    is_instrumented: bool = True
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,13 +42,11 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """What a sender tells several times a second: requests that have ended since the last time.
+    """What a sender tells several times a second: requests that have ended since the last time. The first time: it is ready to start.
 
-    is_ready   before the start: everything is prepared
-    error      it cannot do its job
+    error   it cannot do its job
     """
 
-    is_ready: bool = False
     is_done: bool = False
     error: str = ""
     num_sent: int = 0

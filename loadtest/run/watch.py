@@ -27,7 +27,6 @@ class Sighting:
     at_s: float
     state: str
     epoch: int
-    blocks_held: int
 
 
 @dataclass(slots=True)
@@ -44,13 +43,12 @@ class Watch:
         for worker in status.workers:
             history = self.histories.setdefault(worker.worker.worker_id, [])
             if not history or (history[-1].state, history[-1].epoch) != (worker.state, worker.worker.epoch):
-                held = worker.load.blocks_owned + worker.load.blocks_quarantined
-                history.append(Sighting(at_s=time.monotonic(), state=worker.state, epoch=worker.worker.epoch, blocks_held=held))
+                history.append(Sighting(at_s=time.monotonic(), state=worker.state, epoch=worker.worker.epoch))
         # A worker that is not named any more has left.
         for worker_id in set(self.histories) - {worker.worker.worker_id for worker in status.workers}:
             history = self.histories[worker_id]
             if history[-1].state != "gone":
-                history.append(Sighting(at_s=time.monotonic(), state="gone", epoch=history[-1].epoch, blocks_held=0))
+                history.append(Sighting(at_s=time.monotonic(), state="gone", epoch=history[-1].epoch))
         self.seen.set()
 
     def address_of(self, worker_id: str) -> str | None:

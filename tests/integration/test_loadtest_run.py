@@ -17,6 +17,7 @@ import pytest
 from loadtest.micro.processes import free_port
 from loadtest.records import Outcome
 from loadtest.result import load_result
+from loadtest.schedule import Schedule
 from services.mesh.child_process import bound_to_parent
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,17 @@ def stub_server(ttft_ms: float = TTFT_MS, itl_ms: float = ITL_MS) -> Iterator[tu
             yield url, process.pid
         finally:
             process.kill()
+
+
+def wait_asked(url: str, num_requests: int) -> None:
+    """Until the server has been asked so often."""
+    deadline = time.monotonic() + 60.0
+    while True:
+        with urllib.request.urlopen(f"{url}/asked", timeout=10.0) as response:
+            if json.load(response) >= num_requests:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def loadtest(*arguments: object, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
@@ -83,12 +95,7 @@ def test_run_when_the_server_freezes_counts_the_wait_from_the_intended_times(tmp
         command = [sys.executable, "-m", "loadtest", "run", *map(str, GENERATED), "--rate", "20", "--seconds", "15", "--target", url]
         command += ["--json", "--no-live", "-o", str(tmp_path / "r.json")]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            # The schedule is stored before the run; then senders take a second or two to be ready.
-            deadline = time.monotonic() + 60.0
-            while not (tmp_path / "r.schedule.jsonl.gz").exists():
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            time.sleep(7.0)
+            wait_asked(url, 80)  # of 20 a second: four seconds
             os.kill(pid, signal.SIGSTOP)
             time.sleep(3.0)
             os.kill(pid, signal.SIGCONT)
@@ -108,9 +115,7 @@ def test_run_when_requests_fail_counts_them_as_offered(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "loadtest", "run", *map(str, GENERATED), "--rate", "20", "--seconds", "6", "--target", url]
         command += ["--json", "--no-live", "-o", str(tmp_path / "r.json")]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            while not (tmp_path / "r.schedule.jsonl.gz").exists():
-                time.sleep(0.05)
-            time.sleep(5.0)
+            wait_asked(url, 60)  # of 20 a second for six seconds
             os.kill(pid, signal.SIGKILL)
             stdout, stderr = process.communicate(timeout=60.0)
     summary = json.loads(stdout)["summary"]
@@ -136,3 +141,18 @@ def test_run_when_it_is_asked_wrongly_says_what_is_wrong(arguments: tuple[str, .
     done = loadtest("run", "generated", "--requests", 3, *arguments)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_run_when_sessions_wait_counts_each_turn_from_the_answer_before_and_the_thinking(tmp_path: Path) -> None:
+    with stub_server() as (url, _):
+        options = ("--sessions", "--think", 0.2, "--rate", 10, "--requests", 40, "--target", url, "-o", tmp_path / "r.json", "--senders", 3)
+        run_json(*GENERATED, *options)
+    schedule = Schedule.load(tmp_path / "r.schedule.jsonl.gz")
+    _, records = load_result(tmp_path / "r.json")
+    turns = [(request, record) for request, record in zip(schedule.requests, records, strict=True) if request.after is not None]
+    assert len(turns) >= 5
+    for request, record in turns:
+        assert request.after is not None
+        answered_s = records[request.after].finished_s
+        assert answered_s is not None and record.at_s == pytest.approx(answered_s + request.think_s)
+        assert record.sent_s is not None and record.sent_s >= record.at_s

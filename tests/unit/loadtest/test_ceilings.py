@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.ceilings import ceilings, infinite_reuse, pooled_reuse
+from loadtest.ceilings import ceilings, infinite_reuse, pooled_reuse, shared_tokens
 from loadtest.schedule import PlannedRequest, Schedule
 from loadtest.traces.mooncake import runs_of
 
@@ -76,3 +76,19 @@ def test_ceilings_of_a_hand_made_schedule() -> None:
     schedule = _schedule([(3, 4), (3, 4), (4, 4), (3, 4)])
     assert infinite_reuse(schedule) == (0 + 8 + 8 + 8) / 48  # the last block is computed, though it is there
     assert pooled_reuse(schedule, [4, 4]) == (0 + 0 + 8 + 8) / 48
+
+
+@given(prompts)
+def test_shared_tokens_equal_the_longest_beginning_that_another_prompt_has(chosen: list[tuple[int, int]]) -> None:
+    schedule = _schedule(chosen)
+    ids = [request.block_ids() for request in schedule.requests]
+    for index, (request, shared) in enumerate(zip(schedule.requests, shared_tokens(schedule), strict=True)):
+        longest = max((_common(ids[index], other) for place, other in enumerate(ids) if place != index), default=0)
+        assert shared == min(request.input_tokens, longest * BLOCK)
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    count = 0
+    while count < min(len(one), len(other)) and one[count] == other[count]:
+        count += 1
+    return count

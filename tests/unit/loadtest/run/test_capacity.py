@@ -5,10 +5,13 @@ from collections.abc import Callable
 
 import pytest
 
-from loadtest.run.capacity import MOST_PROBES, RESOLUTION, SEEDS, Capacity, Probe, search
+from loadtest.result import CapacityFound
+from loadtest.run.capacity import MOST_PROBES, RESOLUTION, SEEDS, Probe, search
 
 
-def find(attainment: Callable[[float, int], float], *, first_rate: float = 1.0, stable_below: float = 1e9) -> Capacity:
+def find(
+    attainment: Callable[[float, int], float], *, first_rate: float = 1.0, stable_below: float = 1e9
+) -> tuple[CapacityFound, list[Probe]]:
     async def probe(rate: float, seed: int) -> Probe:
         share = attainment(rate, seed)
         return Probe(
@@ -20,28 +23,28 @@ def find(attainment: Callable[[float, int], float], *, first_rate: float = 1.0, 
 
 @pytest.mark.parametrize("capacity", [0.3, 1.0, 7.3, 55.0])
 def test_search_when_the_capacity_is_sharp_brackets_it(capacity: float) -> None:
-    found = find(lambda rate, _: 1.0 if rate <= capacity else 0.5)
+    found, probes = find(lambda rate, _: 1.0 if rate <= capacity else 0.5)
     assert found.fails_at is not None
     assert found.rate <= capacity < found.fails_at <= found.rate * RESOLUTION
-    assert len(found.probes) <= MOST_PROBES
+    assert len(probes) <= MOST_PROBES
 
 
 def test_search_when_one_seed_fails_does_not_count_the_rate() -> None:
-    found = find(lambda rate, seed: 1.0 if rate <= (4.0 if seed == 2 else 8.0) else 0.5)
+    found, probes = find(lambda rate, seed: 1.0 if rate <= (4.0 if seed == 2 else 8.0) else 0.5)
     assert found.rate <= 4.0
-    assert sum(probe.rate == found.rate for probe in found.probes) >= SEEDS
+    assert sum(probe.rate == found.rate for probe in probes) >= SEEDS
 
 
 def test_search_when_the_backlog_grows_counts_it_as_failed() -> None:
-    found = find(lambda rate, _: 1.0, stable_below=5.0)
+    found, _ = find(lambda rate, _: 1.0, stable_below=5.0)
     assert found.rate < 5.0 <= (found.fails_at or 0.0)
 
 
 def test_search_when_nothing_passes_ends_with_zero() -> None:
-    found = find(lambda rate, _: 0.0)
-    assert found.rate == 0.0 and len(found.probes) == MOST_PROBES
+    found, probes = find(lambda rate, _: 0.0)
+    assert found.rate == 0.0 and len(probes) == MOST_PROBES
 
 
 def test_search_when_everything_passes_ends_without_an_upper_end() -> None:
-    found = find(lambda rate, _: 1.0)
+    found, _ = find(lambda rate, _: 1.0)
     assert found.fails_at is None and found.rate >= 2.0 ** (MOST_PROBES - 1)

@@ -58,6 +58,11 @@ def test_recovery_when_requests_fare_badly_for_four_seconds_takes_four() -> None
     assert recovered_s(records, OBJECTIVE, 10.0) == pytest.approx(4.0)
 
 
+def test_recovery_when_half_of_the_requests_fare_badly_has_not_come_yet() -> None:
+    records = [record(i, i * 0.5, ttft_s=5.0 if 10.0 <= i * 0.5 < 14.0 and i % 2 else 0.1) for i in range(60)]
+    assert recovered_s(records, OBJECTIVE, 10.0) == pytest.approx(4.0)
+
+
 def test_recovery_when_nothing_was_felt_takes_no_time_and_when_all_is_lost_is_none() -> None:
     records = [record(i, i * 0.5) for i in range(60)]
     assert recovered_s(records, OBJECTIVE, 10.0) == 0.0
