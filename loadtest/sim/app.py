@@ -24,6 +24,7 @@ from loadtest.schedule import Schedule
 from loadtest.sim.outcome import result_of
 from loadtest.sim.policy_table import DYNAMO_DIGEST, policy_table
 from loadtest.sim.simulation import Policy, RouterModel, Simulation, simulate
+from loadtest.sim.worker import Chunks
 from loadtest.sim.worker_model import WorkerModel, declared, fitted
 from loadtest.workload_options import WorkloadOptions, load_workload, takes_workload
 
@@ -49,6 +50,13 @@ def sim(
     router_model: Annotated[
         RouterModel, typer.Option(help="What the router knows of the workers' speed: it learns it, as it does in a mesh, or is told it.")
     ] = RouterModel.LEARNT,
+    chunks: Annotated[
+        Chunks | None,
+        typer.Option(
+            help="How workers cut prompts longer than a step's chunk: in equal ones, as the engine does, or in full ones and a rest, as "
+            "others do; when not given, equal with baton, full with round-robin."
+        ),
+    ] = None,
     max_local_tokens: Annotated[
         int | None, typer.Option(min=0, help="Decode workers compute at most so many prompt tokens; as the router sees fit when not given.")
     ] = None,
@@ -76,6 +84,7 @@ def sim(
                 num_decode=decode,
                 policy=policy,
                 router_model=router_model,
+                chunks=chunks,
                 max_local_tokens=max_local_tokens,
                 overhead_s=None if overhead_ms is None else overhead_ms / 1e3,
                 link_bytes_per_s=None if link_gbps is None else link_gbps * 1e9 / 8,

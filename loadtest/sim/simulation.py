@@ -10,7 +10,7 @@ from loadtest.sim.events import Events
 from loadtest.sim.links import Links
 from loadtest.sim.mesh import SimMesh, SimRecord
 from loadtest.sim.router import BatonRouter, RoundRobin, SimRouter
-from loadtest.sim.worker import SimWorker
+from loadtest.sim.worker import Chunks, SimWorker
 from loadtest.sim.worker_model import WorkerModel
 from services.router.admission import Admission
 from services.router.cost_model import CostModel
@@ -50,12 +50,14 @@ def simulate(
     num_decode: int,
     policy: Policy = Policy.BATON,
     router_model: RouterModel = RouterModel.LEARNT,
+    chunks: Chunks | None = None,
     max_local_tokens: int | None = None,
     overhead_s: float | None = None,
     link_bytes_per_s: float | None = None,
 ) -> Simulation:
     """Runs a schedule to its end.
 
+    chunks             None: even, as the engine's; but full in round robin, which is there to be compared with other simulators
     max_local_tokens   as the router's setting of that name
     link_bytes_per_s   of each worker's link, in each direction, shared by its transfers; None: blocks travel in no time
     overhead_s         from the router's decision until decode has the request; None: the model's
@@ -69,6 +71,8 @@ def simulate(
             raise BadInput(
                 f"request {index} has {request.input_tokens} + {request.output_tokens} tokens, a worker's KV memory holds {capacity}"
             )
+    if chunks is None:
+        chunks = Chunks.FULL if policy is Policy.ROUND_ROBIN else Chunks.EVEN
     events = Events()
     links = None if link_bytes_per_s is None else Links(events, bytes_per_s=link_bytes_per_s)
     mesh = SimMesh(
@@ -77,8 +81,8 @@ def simulate(
         remote_overhead_s=model.remote_overhead_s,
         links=links,
     )
-    prefill = [SimWorker(f"prefill-{index}", model, events, on_step=mesh.stepped) for index in range(num_prefill)]
-    decode = [SimWorker(f"decode-{index}", model, events, on_step=mesh.stepped) for index in range(num_decode)]
+    prefill = [SimWorker(f"prefill-{index}", model, events, on_step=mesh.stepped, chunks=chunks) for index in range(num_prefill)]
+    decode = [SimWorker(f"decode-{index}", model, events, on_step=mesh.stepped, chunks=chunks) for index in range(num_decode)]
     router: SimRouter
     if policy is Policy.ROUND_ROBIN:
         router = RoundRobin(prefill, decode)

@@ -28,6 +28,13 @@ class Purpose(enum.Enum):
     RECEIVE = "receive"  # its prompt will land here, then it decodes
 
 
+class Chunks(enum.StrEnum):
+    """What a step takes of a prompt that is longer than its chunk."""
+
+    EVEN = "even"  # its rest by the number of steps that it needs: as the engine does
+    FULL = "full"  # all that there is room for
+
+
 class Owner(Protocol):
     """Whoever sent a sequence; told at the time at which it happens."""
 
@@ -93,13 +100,16 @@ class Load:
 class SimWorker:
     """`on_step` is called after each step or stretch: its load and its pool may have changed."""
 
-    def __init__(self, worker_id: str, model: WorkerModel, events: Events, *, on_step: Callable[["SimWorker"], None]) -> None:
+    def __init__(
+        self, worker_id: str, model: WorkerModel, events: Events, *, on_step: Callable[["SimWorker"], None], chunks: Chunks = Chunks.EVEN
+    ) -> None:
         self.worker_id = worker_id
         self.model = model
         self.pool = BlockPool(model.num_blocks)
         self.waiting: deque[SimSequence] = deque()
         self._events = events
         self._on_step = on_step
+        self._is_even = chunks is Chunks.EVEN
         self._orders = count()
         self._prefilling: list[SimSequence] = []  # by order
         self._decoding: dict[SimSequence, None] = {}
@@ -264,7 +274,8 @@ class SimWorker:
 
         def take(sequence: SimSequence) -> None:
             nonlocal budget
-            num_tokens = min(budget, sequence.num_uncomputed)
+            num_steps = -(-sequence.num_uncomputed // self.model.chunk_tokens) if self._is_even else 1
+            num_tokens = min(budget, -(-sequence.num_uncomputed // num_steps))
             if num_tokens:
                 chunks.append((sequence, num_tokens))
                 budget -= num_tokens

@@ -1,9 +1,12 @@
 """Decides what each engine step computes: who runs, who waits, whose blocks are taken back.
 
 Oldest first, always. A step gives every running sequence that decodes its one token, then shares `prefill_chunk_tokens` among prompts in
-order of arrival, and admits waiting sequences while there are slots, blocks and tokens left. When a decoding sequence finds no block, the
-youngest running one is preempted: it loses its blocks, waits at its old place in the queue, and is computed again later (its sealed blocks
-may still be cached then). The oldest sequence is never preempted and never passed over, so everything that fits the pool alone finishes.
+order of arrival, and admits waiting sequences while there are slots, blocks and tokens left. A longer prompt takes as few steps as it can,
+equal ones: each has room for short prompts behind it, and stalls those that decode no longer than it must.
+
+When a decoding sequence finds no block, the youngest running one is preempted: it loses its blocks, waits at its old place in the queue and
+is computed again later (its sealed blocks may still be cached then). The oldest sequence is never preempted and never passed over, so
+everything that fits the pool alone finishes.
 
     waiting ──admit──▶ running ──finish──▶           a prompt computed here; ◀──preempt── gives way to an older one
     waiting ──admit──▶ running ──hold──▶ held        prefill only: its blocks are read by others until it is finished
@@ -215,14 +218,16 @@ class _Budget:
     """Prompt tokens that one step may still compute, and how many of them may be scored."""
 
     def __init__(self, num_tokens: int) -> None:
-        self._num_tokens, self._num_scored = num_tokens, SCORED_TOKENS
+        self._most = self._num_tokens = num_tokens
+        self._num_scored = SCORED_TOKENS
 
     def left(self, sequence: Sequence) -> int:
         return self._num_tokens if sequence.prompt_logprobs is None else min(self._num_tokens, self._num_scored)
 
     def take(self, sequence: Sequence) -> int:
         """The tokens of this sequence's next chunk; may be none."""
-        num_tokens = min(sequence.num_uncomputed, self.left(sequence))
+        num_steps = -(-sequence.num_uncomputed // self._most)
+        num_tokens = min(-(-sequence.num_uncomputed // num_steps), self.left(sequence))
         self._num_tokens -= num_tokens
         if sequence.prompt_logprobs is not None:
             self._num_scored -= num_tokens

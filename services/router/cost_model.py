@@ -116,23 +116,19 @@ class LearntPrefill:
 
 
 class DeclaredPrefill:
-    """A quadratic for each chunk of at most `chunk_tokens`, whatever is cached: how published models of accelerators are written."""
+    """A quadratic for each of as few equal chunks as `chunk_tokens` permits, whatever is cached: how published models are written."""
 
     def __init__(self, *, constant_s: float, per_token_s: float, per_token_squared_s: float, chunk_tokens: int) -> None:
         self._coefficients = (constant_s, per_token_s, per_token_squared_s)
         self._chunk_tokens = chunk_tokens
-        self._full_chunk_s = self._chunk_s(chunk_tokens)
 
     def seconds(self, new_tokens: int, cached_tokens: int) -> float:
-        full, rest = divmod(new_tokens, self._chunk_tokens)
-        return full * self._full_chunk_s + (self._chunk_s(rest) if rest else 0.0)
+        constant, per_token, per_token_squared = self._coefficients
+        num_chunks = -(-new_tokens // self._chunk_tokens)
+        return num_chunks * constant + new_tokens * (per_token + per_token_squared * new_tokens / max(1, num_chunks))
 
     def observe(self, new_tokens: int, cached_tokens: int, seconds: float, *, weight: float = 1.0) -> None:
         """Declared is declared."""
-
-    def _chunk_s(self, tokens: int) -> float:
-        constant, per_token, per_token_squared = self._coefficients
-        return constant + tokens * (per_token + per_token_squared * tokens)
 
 
 class LearntStep:

@@ -68,8 +68,8 @@ class Weights:
     """
 
     decode: float = 1.0
-    recompute: float = 1.0
-    keep: float = 1.5
+    recompute: float = 1.5
+    keep: float = 2.0
     patience_s: float = 0.3
     wire: float = 0.1
     near: float = 0.002

@@ -107,12 +107,19 @@ def test_schedule_when_a_long_prompt_waits_for_blocks_then_a_short_one_behind_it
     assert simulation.step()[0].sequence is long
 
 
-def test_schedule_when_a_prompt_is_longer_than_the_budget_cuts_it_and_the_rest_of_the_budget_goes_to_the_next() -> None:
+def test_schedule_when_a_prompt_is_longer_than_the_budget_cuts_it_evenly_and_the_rest_of_the_budget_goes_to_the_next() -> None:
     simulation = make(num_blocks=16, chunk_tokens=10)
     first = simulation.add(Arrival(prompt=prompt(0, 25), max_tokens=2), 0)
     second = simulation.add(Arrival(prompt=prompt(1, 12), max_tokens=2), 1)
     steps = [[(chunk.sequence, chunk.num_tokens) for chunk in simulation.step()] for _ in range(4)]
-    assert steps == [[(first, 10)], [(first, 10)], [(first, 5), (second, 5)], [(first, 1), (second, 7)]]
+    assert steps == [[(second, 1), (first, 9)], [(first, 8), (second, 2)], [(first, 8), (second, 2)], [(first, 1), (second, 7)]]
+
+
+@pytest.mark.parametrize(("num_tokens", "expected"), [(10, [10]), (11, [6, 5]), (30, [10, 10, 10]), (31, [8, 8, 8, 7])])
+def test_schedule_when_a_prompt_is_alone_takes_no_more_steps_than_it_needs(num_tokens: int, expected: list[int]) -> None:
+    simulation = make(num_blocks=16, chunk_tokens=10)
+    sequence = simulation.add(Arrival(prompt=prompt(0, num_tokens), max_tokens=1), 0)
+    assert [[(chunk.sequence, chunk.num_tokens) for chunk in simulation.step()] for _ in expected] == [[(sequence, n)] for n in expected]
 
 
 def test_schedule_when_the_last_chunk_of_a_prompt_is_one_token_puts_it_among_the_decodes() -> None:

@@ -20,7 +20,7 @@ from loadtest.sim.events import Events
 from loadtest.sim.policy_table import DYNAMO, SPEEDUPS, policy_table
 from loadtest.sim.router import BatonRouter, Prompt, Routed
 from loadtest.sim.simulation import Policy, RouterModel, Simulation, simulate
-from loadtest.sim.worker import SimWorker
+from loadtest.sim.worker import Chunks, SimWorker
 from loadtest.sim.worker_model import Chunk, WorkerModel, declared
 from services.router.admission import Admission
 from services.router.cost_model import CostModel, DeclaredPrefill, DeclaredStep
@@ -107,6 +107,24 @@ def test_second_prompt_shares_what_is_left_of_a_chunk_and_finds_the_prefix() -> 
     first, second = simulation.records
     assert second.prefill_cached_tokens == 16
     assert first.prefill_done_s == second.prefill_done_s == pytest.approx(0.026 + 0.010 + 0.008)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "first_done_s", "second_done_s"),
+    [
+        # Steps of 10, 10 + 2 tokens: room for all of the second prompt in the second one.
+        (Chunks.EVEN, 0.020 + 0.022, 0.020 + 0.022),
+        # 16, 4 + 2.
+        (Chunks.FULL, 0.026 + 0.016, 0.026 + 0.016),
+        # As the router's kind has it: round robin is there to be compared.
+        (None, 0.026 + 0.016, 0.026 + 0.016),
+    ],
+)
+def test_long_prompt_is_cut_evenly_or_not(chunks: Chunks | None, first_done_s: float, second_done_s: float) -> None:
+    requests = _request(0.0, 20, 1, 0), _request(0.001, 2, 1, 100)
+    first, second = _simulate(*requests, policy=Policy.ROUND_ROBIN, chunks=chunks).records
+    assert (first.prefill_done_s, second.prefill_done_s) == pytest.approx((first_done_s, second_done_s))
+    assert second.prefill_began_s == pytest.approx(first_done_s - (0.022 if chunks is Chunks.EVEN else 0.016))
 
 
 def test_whoever_comes_during_a_step_of_decoding_joins_after_it() -> None:
@@ -242,8 +260,10 @@ class _CheckedEvents(Events):
         super().at(time_s, checked)
 
 
-def _remembered_worker(worker_id: str, model: WorkerModel, events: _CheckedEvents, *, on_step: Callable[[SimWorker], None]) -> SimWorker:
-    worker = SimWorker(worker_id, model, events, on_step=on_step)
+def _remembered_worker(
+    worker_id: str, model: WorkerModel, events: _CheckedEvents, *, on_step: Callable[[SimWorker], None], chunks: Chunks
+) -> SimWorker:
+    worker = SimWorker(worker_id, model, events, on_step=on_step, chunks=chunks)
     events.workers.append(worker)
     return worker
 
@@ -258,6 +278,7 @@ requests = st.lists(st.tuples(st.floats(0.0, 1.0), st.integers(1, 60), st.intege
     st.integers(1, 3),
     st.sampled_from(Policy),
     st.sampled_from(RouterModel),
+    st.none() | st.sampled_from(Chunks),
     st.booleans(),
     st.integers(14, 40),
     st.integers(1, 8),
@@ -269,6 +290,7 @@ def test_simulation_loses_and_invents_nothing(
     num_decode: int,
     policy: Policy,
     router_model: RouterModel,
+    chunks: Chunks | None,
     decodes_first_token: bool,
     num_blocks: int,
     max_num_seqs: int,
@@ -286,6 +308,7 @@ def test_simulation_loses_and_invents_nothing(
             num_decode=num_decode,
             policy=policy,
             router_model=router_model,
+            chunks=chunks,
             link_bytes_per_s=link_bytes_per_s,
         )
     moved = sum(record.kv_bytes for record in simulation.records)

@@ -94,12 +94,13 @@ def test_learnt_step_when_batches_differ_predicts_within_three_percent() -> None
 def test_declared_shapes_give_the_published_milliseconds() -> None:
     prefill = DeclaredPrefill(constant_s=16.50142e-3, per_token_s=1.518344e-5, per_token_squared_s=4.209989e-10, chunk_tokens=8192)
 
-    def chunk_ms(x: int) -> float:
+    def chunk_ms(x: float) -> float:
         return 4.209989e-07 * x * x + 1.518344e-02 * x + 16.50142
 
     assert prefill.seconds(5000, 0) * 1e3 == pytest.approx(chunk_ms(5000))
     assert prefill.seconds(8192, 99) * 1e3 == pytest.approx(chunk_ms(8192))
-    assert prefill.seconds(20_000, 0) * 1e3 == pytest.approx(2 * chunk_ms(8192) + chunk_ms(20_000 - 2 * 8192))
+    assert prefill.seconds(20_000, 0) * 1e3 == pytest.approx(3 * chunk_ms(20_000 / 3))
+    assert prefill.seconds(0, 99) == 0.0
     step = DeclaredStep(constant_s=5.74e-3, per_share_s=54.01e-3, per_share_squared_s=-25.74e-3)
     assert step.seconds(7, 500, 2000) * 1e3 == pytest.approx(-25.74 / 16 + 54.01 / 4 + 5.74)
     assert step.seconds(7, 9999, 2000) == step.seconds(7, 2000, 2000)
