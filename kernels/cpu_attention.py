@@ -3,8 +3,9 @@
 Decode is bound by the bytes of the keys and values. The compiled loop reads exactly the visible cells, once, in place, with one running
 softmax per query head, so a sequence's result does not depend on its neighbours in the batch. Prefill is bound by arithmetic: one
 sequence at a time, its cached prefix and its own causal chunk are two flash calls, merged by their log-sum-exps. Both read K and V from
-the pool, as stored. Specification: reference.paged_attention. Source of the running softmax: Milakov and Gimelshein 2018; of the merge:
-Dao et al. 2023 (Flash-Decoding).
+the pool, as stored. What these two cannot do (quantized cells, latents, soft-capped scores, sinks, trees, lists of blocks) is computed
+densely, sequence by sequence. Specification: reference.paged_attention. Source of the running softmax: Milakov and Gimelshein 2018; of
+the merge: Dao et al. 2023 (Flash-Decoding).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 
 from kernels import cpu_loops
+from kernels.block_lists import BlockLists
 from kernels.cpu_loops import LOG2_E, Array, as_array, launch
-from kernels.kv_layout import KVLayout
+from kernels.kv_cells import read_cells
+from kernels.kv_layout import KVFormat, KVLayout
 
 _flash: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -52,11 +55,24 @@ class PrefillPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionPlan:
-    """What every layer of one window does in one step; made once per step, used by each layer."""
+class DensePlan:
+    """Work of one sequence computed densely: rows start … end of the query; hidden [q, C] or [Hk, q, C], True where nothing is seen."""
 
-    decode: DecodePlan | None
-    prefills: tuple[PrefillPlan, ...]
+    start: int
+    end: int
+    block_table: Sequence[int]
+    context_len: int
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    """What every layer of one window does in one step; made once per step, used by each layer. Either dense or the other two."""
+
+    layout: KVLayout
+    decode: DecodePlan | None = None
+    prefills: tuple[PrefillPlan, ...] = ()
+    dense: tuple[DensePlan, ...] = ()
 
 
 def plan_attention(
@@ -65,9 +81,26 @@ def plan_attention(
     query_lens: Sequence[int],
     context_lens: Sequence[int],
     layout: KVLayout,
+    num_heads: int,
+    device: torch.device,
     window: int | None = None,
+    plain_scores: bool = True,
+    ancestors: torch.Tensor | None = None,
+    block_lists: Sequence[BlockLists] | None = None,
 ) -> AttentionPlan:
-    """Arguments as in reference.paged_attention; sequences with one new token come first, and the window is None or positive."""
+    """See kernels.backend."""
+    is_plain = layout.format is KVFormat.PLAIN and not layout.is_latent and layout.value_dim == layout.head_dim
+    if not (is_plain and plain_scores) or ancestors is not None or block_lists is not None:
+        dense, start = [], 0
+        for index, (table, query_len, context_len) in enumerate(zip(block_tables, query_lens, context_lens, strict=True)):
+            end = start + query_len
+            tree = None if ancestors is None else ancestors[start:end]
+            lists = None if block_lists is None else block_lists[index]
+            hidden = _hidden(query_len, context_len, layout.block_size, window, tree, lists)
+            table = table[: -(-context_len // layout.block_size)]
+            dense.append(DensePlan(start=start, end=end, block_table=table, context_len=context_len, hidden=hidden))
+            start = end
+        return AttentionPlan(layout=layout, dense=tuple(dense))
     num_decodes = next((i for i, query_len in enumerate(query_lens) if query_len != 1), len(query_lens))
     decode = None
     if num_decodes:
@@ -77,7 +110,25 @@ def plan_attention(
     for table, query_len, context_len in zip(block_tables[num_decodes:], query_lens[num_decodes:], context_lens[num_decodes:], strict=True):
         prefills.append(_plan_prefill(table, start, query_len, context_len, layout, window))
         start += query_len
-    return AttentionPlan(decode=decode, prefills=tuple(prefills))
+    return AttentionPlan(layout=layout, decode=decode, prefills=tuple(prefills))
+
+
+def _hidden(
+    query_len: int, context_len: int, block_size: int, window: int | None, ancestors: torch.Tensor | None, lists: BlockLists | None
+) -> torch.Tensor:
+    """See DensePlan."""
+    prefix_len = context_len - query_len
+    position, cell = torch.arange(prefix_len, context_len)[:, None], torch.arange(context_len)
+    hidden = cell > position
+    if ancestors is not None:
+        seen = (ancestors[:, None] >> torch.arange(query_len) & 1) == 1
+        hidden = torch.cat((torch.zeros(query_len, prefix_len, dtype=torch.bool), ~seen), dim=1)
+        position = prefix_len + seen.sum(1, keepdim=True) - 1
+    if window is not None:
+        hidden = hidden | (position - cell >= window)
+    if lists is not None:
+        hidden = hidden | ~lists.mask(context_len, block_size)[:, prefix_len:]
+    return hidden
 
 
 def _plan_decode(block_tables: Sequence[Sequence[int]], context_lens: Sequence[int], window: int | None) -> DecodePlan:
@@ -113,8 +164,21 @@ def _plan_prefill(
     )
 
 
-def paged_attention(query: torch.Tensor, pool: torch.Tensor, layer: int, plan: AttentionPlan, *, scale: float) -> torch.Tensor:
+def paged_attention(
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """See reference.paged_attention; the lists it takes are in the plan."""
+    if plan.dense:
+        parts = [_dense(query[work.start : work.end], pool, layer, plan.layout, work, scale, softcap, sinks) for work in plan.dense]
+        return torch.cat(parts)
+    assert softcap is None and sinks is None, "such scores have to be planned for"
     output = torch.empty_like(query)
     decode = plan.decode
     if decode is not None:
@@ -134,6 +198,32 @@ def paged_attention(query: torch.Tensor, pool: torch.Tensor, layer: int, plan: A
     for prefill in plan.prefills:
         output[prefill.start : prefill.end] = _prefill(query[prefill.start : prefill.end], pool, layer, prefill, scale)
     return output
+
+
+def _dense(
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    layout: KVLayout,
+    plan: DensePlan,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    heads = layout.num_kv_heads
+    keys, values = (part[:, : plan.context_len] for part in read_cells(pool, layout, layer, plan.block_table))
+    grouped = query.float().view(len(query), heads, -1, query.shape[2]).permute(1, 2, 0, 3)  # [Hk, group, q, D]
+    scores = (grouped @ keys[:, None].transpose(2, 3)).mul_(scale)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    scores.masked_fill_(plan.hidden[:, None] if plan.hidden.dim() == 3 else plan.hidden, float("-inf"))
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sink = sinks.float().view(heads, -1, 1, 1).expand(-1, -1, scores.shape[2], 1)
+        weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
+    attended: torch.Tensor = weights @ values[:, None]
+    return attended.permute(2, 0, 1, 3).reshape(len(query), -1, layout.value_dim).to(query.dtype)
 
 
 def _prefill(query: torch.Tensor, pool: torch.Tensor, layer: int, plan: PrefillPlan, scale: float) -> torch.Tensor:

@@ -8,6 +8,8 @@ import torch
 
 from kernels import cpu_loops
 from kernels.cpu_loops import as_array, launch
+from kernels.kv_cells import write_cells
+from kernels.kv_layout import KVFormat, KVLayout
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -36,6 +38,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def rope_and_write_kv(
     qkv: torch.Tensor,
     pool: torch.Tensor,
+    layout: KVLayout,
     layer: int,
     *,
     positions: torch.Tensor,
@@ -48,17 +51,22 @@ def rope_and_write_kv(
 ) -> torch.Tensor:
     """See reference.rope_and_write_kv."""
     num_tokens, num_heads, head_dim = qkv.shape
-    query = qkv.new_empty(num_tokens, num_heads - 2 * pool.shape[2], head_dim)
+    query = qkv.new_empty(num_tokens, num_heads - 2 * layout.num_kv_heads, head_dim)
+    target, target_layer, target_slots = pool, layer, slots
+    if layout.format is not KVFormat.PLAIN:
+        # The loop stores plain numbers: into a block for them all, from which they are quantized.
+        target = qkv.new_empty(1, 1, layout.num_kv_heads, num_tokens, 2 * head_dim)
+        target_layer, target_slots = 0, torch.arange(num_tokens)
     no_norm = qkv.new_empty(0)
     launch(
         cpu_loops.rope_and_write_kv,
         num_tokens,
         qkv.nbytes,
         as_array(qkv),
-        as_array(pool),
-        layer,
+        as_array(target),
+        target_layer,
         positions.numpy(),
-        slots.numpy(),
+        target_slots.numpy(),
         cos.numpy(),
         sin.numpy(),
         as_array(no_norm if query_norm is None else query_norm),
@@ -66,4 +74,7 @@ def rope_and_write_kv(
         eps,
         as_array(query),
     )
+    if target is not pool:
+        key, value = target[0, 0].transpose(0, 1).chunk(2, dim=-1)
+        write_cells(pool, layout, layer, key, value, slots)
     return query

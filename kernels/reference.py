@@ -7,7 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels.kv_cells import read_cells, write_cells
+from kernels.kv_layout import KVLayout
 from services.core import noise
+
+LOG2_E = 1.4426950408889634
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -36,16 +40,10 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
-def write_kv(pool: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    """Stores key and value [T, Hk, D] of one layer in the cells `slots` [T] (block_id * block_size + offset) of the pool."""
-    block_size = pool.shape[3]
-    for token, slot in enumerate(slots.tolist()):
-        pool[slot // block_size, layer, :, slot % block_size] = torch.cat((key[token], value[token]), dim=-1)
-
-
 def rope_and_write_kv(
     qkv: torch.Tensor,
     pool: torch.Tensor,
+    layout: KVLayout,
     layer: int,
     *,
     positions: torch.Tensor,
@@ -60,22 +58,23 @@ def rope_and_write_kv(
 
     qkv           [T, Hq + 2 Hk, D]: query, key and value heads of each token
     positions     [T] int64, rows of cos and sin [P, D/2] fp32
-    slots         as in write_kv
+    slots         as in kv_cells.write_cells
     query_norm    [D] weight of an rms_norm of every query head, and key_norm of every key head
     Returns the rotated queries [T, Hq, D].
     """
-    num_kv_heads = pool.shape[2]
+    num_kv_heads = layout.num_kv_heads
     num_heads = qkv.shape[1] - 2 * num_kv_heads
     query, key, value = qkv.float().tensor_split([num_heads, num_heads + num_kv_heads], dim=1)
     if query_norm is not None and key_norm is not None:
         query, key = rms_norm(query, query_norm, eps), rms_norm(key, key_norm, eps)
-    write_kv(pool, layer, apply_rope(key, cos[positions], sin[positions]), value, slots)
+    write_cells(pool, layout, layer, apply_rope(key, cos[positions], sin[positions]), value, slots)
     return apply_rope(query, cos[positions], sin[positions]).to(qkv.dtype)
 
 
 def paged_attention(
     query: torch.Tensor,
     pool: torch.Tensor,
+    layout: KVLayout,
     layer: int,
     *,
     block_tables: Sequence[Sequence[int]],
@@ -83,34 +82,65 @@ def paged_attention(
     context_lens: Sequence[int],
     scale: float,
     window: int | None = None,
-) -> torch.Tensor:
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    ancestors: torch.Tensor | None = None,
+    visible: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of new tokens over the paged keys and values of their sequences.
 
     query         [T, Hq, D]: the new tokens of all sequences, one after another; sequence s has query_lens[s] of them
     pool          see kv_layout; cells 0 … context_lens[s] - 1 of block_tables[s] are written, the new tokens' included
     context_lens  tokens of each sequence, new ones included, so that its last query sits at position context_lens[s] - 1
     window        a token sees itself and the window - 1 tokens before it; None: all
-    Returns [T, Hq, D] in query's dtype. Query head h reads KV head h // (Hq / Hk).
+    softcap       scores become softcap * tanh(score / softcap)
+    sinks         [Hq] scores of a token that every query sees and that has no value
+    ancestors     [T] int64: the new tokens are nodes of a tree instead of a chain; bit i says that a node sees new token i (itself too).
+                  A node's position is that of its parent plus one, so it is as far from the context as it has ancestors
+    visible       for each sequence a mask [Hq, q, C], or one that broadcasts to it, of what may be seen as well; None: everything
+    Returns [T, Hq, Dv] in query's dtype, and log2 of each query's sum of 2 ** (score * log2 e), [T, Hq] fp32. Query head h reads KV head
+    h // (Hq / Hk). A query that sees nothing gives zeros and -inf.
     """
-    num_kv_heads, head_dim = pool.shape[2], query.shape[2]
-    group = query.shape[1] // num_kv_heads
-    outputs, start = [], 0
-    for table, query_len, context_len in zip(block_tables, query_lens, context_lens, strict=True):
-        blocks = pool[list(table), layer]  # [blocks, Hk, N, 2 D]
-        cells = blocks.transpose(0, 1).flatten(1, 2)[:, :context_len].float()  # [Hk, C, 2 D]
-        keys = cells[..., :head_dim].repeat_interleave(group, dim=0)
-        values = cells[..., head_dim:].repeat_interleave(group, dim=0)
+    group = query.shape[1] // layout.num_kv_heads
+    outputs, log_sums, start = [], [], 0
+    for index, (table, query_len, context_len) in enumerate(zip(block_tables, query_lens, context_lens, strict=True)):
+        keys, values = (
+            cells[:, :context_len].repeat_interleave(group, dim=0)
+            for cells in read_cells(pool, layout, layer, table[: -(-context_len // layout.block_size)])
+        )
         queries = query[start : start + query_len].float().transpose(0, 1)  # [Hq, q, D]
-        position = torch.arange(context_len - query_len, context_len)[:, None]
-        distance = position - torch.arange(context_len)[None, :]
-        hidden = distance < 0
+        prefix_len = context_len - query_len
+        position, cell = torch.arange(prefix_len, context_len)[:, None], torch.arange(context_len)[None, :]
+        hidden = cell > position
+        if ancestors is not None:
+            seen = ancestors[start : start + query_len, None] >> torch.arange(query_len)[None, :] & 1 == 1
+            hidden = torch.cat((torch.zeros(query_len, prefix_len, dtype=torch.bool), ~seen), dim=1)
+            position = prefix_len + seen.sum(1, keepdim=True) - 1
         if window is not None:
-            hidden |= distance >= window
+            hidden = hidden | (position - cell >= window)
+        if visible is not None:
+            hidden = hidden | ~visible[index]
         scores = (queries @ keys.transpose(1, 2)) * scale
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        outputs.append((weights @ values).transpose(0, 1))
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.float()[:, None, None].expand(-1, query_len, 1)), dim=-1)
+        log_sum = scores.logsumexp(-1)
+        weights = (scores - log_sum.nan_to_num(neginf=0.0)[..., None]).exp()
+        outputs.append((weights[..., :context_len] @ values).transpose(0, 1))
+        log_sums.append(log_sum.transpose(0, 1) * LOG2_E)
         start += query_len
-    return torch.cat(outputs).to(query.dtype)
+    return torch.cat(outputs).to(query.dtype), torch.cat(log_sums)
+
+
+def merge_attention(outputs: Sequence[torch.Tensor], log_sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What attention over several parts of a context gives together: outputs [T, H, D], log sums [T, H] as paged_attention returns them."""
+    together = torch.stack(list(log_sums)) / LOG2_E
+    log_sum = together.logsumexp(0)
+    weights = (together - log_sum.nan_to_num(neginf=0.0)).exp()
+    merged = (torch.stack([output.float() for output in outputs]) * weights[..., None]).sum(0)
+    return merged.to(outputs[0].dtype), log_sum * LOG2_E
 
 
 def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], vocab_size: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Refuses environments in which the tests would test something else; makes the checkpoints that several folders read."""
 
 import importlib.metadata
+import os
 from pathlib import Path
 
 import hypothesis
@@ -8,6 +9,10 @@ import pytest
 import torch
 
 from tests.checkpoints import make_checkpoints
+
+# Without a GPU, Triton's kernels run in its interpreter; it asks when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # On a shared machine an example may take as long as it likes; how fast something is, benchmarks tell.
 hypothesis.settings.register_profile("shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

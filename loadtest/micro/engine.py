@@ -209,11 +209,19 @@ def _attention_figure(runs: int, dtype: torch.dtype) -> Figure:
     pool = torch.empty(num_blocks, *layout.block_shape).normal_(generator=generator).to(dtype)
     query = torch.empty(len(contexts), checkpoint.HEADS, layout.head_dim).normal_(generator=generator).to(dtype)
     scale = layout.head_dim**-0.5
-    plan = kernels.plan_attention(block_tables=tables, query_lens=[1] * len(contexts), context_lens=contexts, layout=layout)
+    backend = kernels.backend_for(pool.device)
+    plan = backend.plan_attention(
+        block_tables=tables,
+        query_lens=[1] * len(contexts),
+        context_lens=contexts,
+        layout=layout,
+        num_heads=checkpoint.HEADS,
+        device=pool.device,
+    )
     table_tensors = [torch.tensor(table) for table in tables]
 
     def ours() -> torch.Tensor:
-        return torch.stack([kernels.paged_attention(query, pool, layer, plan, scale=scale) for layer in range(layout.num_layers)])
+        return torch.stack([backend.paged_attention(query, pool, layer, plan, scale=scale) for layer in range(layout.num_layers)])
 
     def reference() -> torch.Tensor:
         layers = []

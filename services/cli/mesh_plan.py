@@ -57,6 +57,7 @@ class MeshOptions:
     port: int = 0
     http_port: int = 0
     dtype: str | None = None
+    kv_dtype: str | None = None
     max_model_len: int | None = None
     block_size: int | None = None
     kv_memory_mib: int | None = None
@@ -156,6 +157,7 @@ def _model_settings(options: MeshOptions, directory: Path) -> dict[str, str]:
 def _worker_settings(options: MeshOptions) -> dict[str, str]:
     values = {
         "dtype": options.dtype,
+        "kv_dtype": options.kv_dtype,
         "max_model_len": options.max_model_len,
         "block_size": options.block_size,
         "kv_memory_bytes": None if options.kv_memory_mib is None else options.kv_memory_mib << 20,

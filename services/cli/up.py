@@ -33,7 +33,10 @@ def up(
     http_port: Annotated[
         int, typer.Option(help="Of the first router's OpenAI-compatible HTTP; the others have the next ones. 0: any.")
     ] = DEFAULT_HTTP_PORT,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16: of activations, keys and values.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16: of activations.")] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="auto, fp8, int8 or int4: of stored keys and values; auto: as activations, the others are lossy.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the checkpoint's.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per KV block; default: 64, of the demo model 16.")] = None,
     kv_memory: Annotated[int | None, typer.Option(help="MiB of KV blocks per worker; default: 256.")] = None,
@@ -56,6 +59,7 @@ def up(
         port=port,
         http_port=http_port,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         max_model_len=max_model_len,
         block_size=block_size,
         kv_memory_mib=kv_memory,

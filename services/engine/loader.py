@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from kernels import Backend, KVFormat
 from services.core.errors import CheckpointError, InvalidRequest
 from services.engine.core import EngineCore
 from services.engine.model_config import GenerationDefaults, ModelConfig, load_generation_defaults, load_model_config
@@ -27,11 +28,16 @@ class LoadedModel:
 
 
 def load_model(
-    directory: Path, settings: EngineSettings, *, allocate_kv: Callable[[int, int], memoryview | mmap.mmap | bytearray] | None = None
+    directory: Path,
+    settings: EngineSettings,
+    *,
+    allocate_kv: Callable[[int, int], memoryview | mmap.mmap | bytearray] | None = None,
+    backend: Backend | None = None,
 ) -> LoadedModel:
     """Loads a checkpoint.
 
     allocate_kv   makes the KV pool's memory from (number of blocks, bytes of each): zeroed, writable, block after block. None: torch does
+    backend       what computes the tensor functions; None: what is fastest here
     Raises CheckpointError for what is wrong with the checkpoint and InvalidRequest for settings that do not fit it.
     """
     settings.validate()
@@ -47,7 +53,10 @@ def load_model(
         raise InvalidRequest(
             "max_model_len", f"{max_model_len} is more than the checkpoint's {config.context_tokens}", limit=config.context_tokens
         )
-    decoder = Decoder(config, reader, dtype=dtype, max_model_len=max_model_len)
+    kv_format = KVFormat.PLAIN if settings.kv_dtype == "auto" else KVFormat[settings.kv_dtype.upper()]
+    if kv_format is KVFormat.INT4 and config.head_dim % 4:
+        raise InvalidRequest("kv_dtype", f"int4 needs heads whose size 4 divides; the checkpoint's is {config.head_dim}")
+    decoder = Decoder(config, reader, dtype=dtype, max_model_len=max_model_len, kv_format=kv_format, backend=backend)
     block_bytes = decoder.kv_layout(settings.block_size).block_bytes
     # More blocks than all sequences at full length could fill would never be used, except as prefix cache: twice that is plenty.
     most_blocks = 2 * settings.max_num_seqs * -(-max_model_len // settings.block_size)

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from services.core.errors import InvalidRequest
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "fp8", "int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """
-    dtype                  of activations, keys and values; auto: float32, in which no speed-up changes a token
+    dtype                  of activations; auto: float32, in which no speed-up changes a token
+    kv_dtype               of stored keys and values; auto: as activations. The others are lossy, with a scale for each token and head:
+                           tokens are not those of another kv_dtype, and workers of different ones exchange no blocks
     max_model_len          longest sequence in tokens; None: what the checkpoint allows
     block_size             tokens per KV block
     kv_memory_bytes        size of the KV pool
@@ -21,6 +24,7 @@ class EngineSettings:
     """
 
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     max_model_len: int | None = None
     block_size: int = 64
     kv_memory_bytes: int = 1 << 30
@@ -31,8 +35,9 @@ class EngineSettings:
 
     def validate(self) -> None:
         """Raises InvalidRequest naming the first setting that is out of its limits."""
-        if self.dtype not in DTYPES:
-            raise InvalidRequest("dtype", f"{self.dtype!r} is not one of {', '.join(DTYPES)}", limit=DTYPES)
+        for name, possible in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
+            if (value := getattr(self, name)) not in possible:
+                raise InvalidRequest(name, f"{value!r} is not one of {', '.join(possible)}", limit=possible)
         for name in ("block_size", "kv_memory_bytes", "max_num_seqs", "max_num_requests", "prefill_chunk_tokens", "num_threads"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(name, f"{getattr(self, name)} is less than 1", limit=1)

@@ -34,6 +34,7 @@ class WorkerSettings(ProcessSettings):
     kv_transports: tuple[str, ...] = TRANSPORTS
     kv_port: int = 0
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     max_model_len: int | None = None
     block_size: int | None = None
     kv_memory_bytes: int = 1 << 28
@@ -56,6 +57,7 @@ class WorkerSettings(ProcessSettings):
         """The engine's part. Small models have small blocks, or a short prompt would never fill one."""
         return EngineSettings(
             dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
             max_model_len=self.max_model_len,
             block_size=(16 if self.model == "demo" else 64) if self.block_size is None else self.block_size,
             kv_memory_bytes=self.kv_memory_bytes,

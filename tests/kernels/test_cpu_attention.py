@@ -1,17 +1,24 @@
 """Paged attention on the CPU against its specification: ragged lengths, block edges, windows, every head grouping."""
 
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 
-import kernels
-from kernels import cpu_loops, reference
+from kernels import cpu_backend, cpu_loops, reference
+from kernels.cpu_attention import AttentionPlan
+from kernels.cpu_backend import paged_attention
 from kernels.kv_layout import KVLayout
 from tests.kernels.conftest import SetThreads
 
 # fp32 sums of the same products in another order; the flash kernel rounds 16-bit weights once more, and the result is rounded.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def plan_attention(layout: KVLayout, **arguments: Any) -> AttentionPlan:
+    return cpu_backend.plan_attention(layout=layout, num_heads=layout.num_kv_heads, device=torch.device("cpu"), **arguments)
 
 
 def scattered_pool(layout: KVLayout, context_lens: list[int]) -> tuple[torch.Tensor, list[list[int]]]:
@@ -37,14 +44,14 @@ def check_attention(
     block_size: int = 16,
     window: int | None = None,
     dtype: torch.dtype = torch.float32,
-) -> kernels.AttentionPlan:
+) -> AttentionPlan:
     layout = KVLayout(num_layers=3, num_kv_heads=heads, block_size=block_size, head_dim=head_dim, dtype=dtype)
     pool, tables = scattered_pool(layout, context_lens)
     query = torch.randn(sum(query_lens), heads * group, head_dim).to(dtype)
-    plan = kernels.plan_attention(block_tables=tables, query_lens=query_lens, context_lens=context_lens, layout=layout, window=window)
-    output = kernels.paged_attention(query, pool, 1, plan, scale=0.3)
-    expected = reference.paged_attention(
-        query, pool, 1, block_tables=tables, query_lens=query_lens, context_lens=context_lens, scale=0.3, window=window
+    plan = plan_attention(block_tables=tables, query_lens=query_lens, context_lens=context_lens, layout=layout, window=window)
+    output = paged_attention(query, pool, 1, plan, scale=0.3)
+    expected, _ = reference.paged_attention(
+        query, pool, layout, 1, block_tables=tables, query_lens=query_lens, context_lens=context_lens, scale=0.3, window=window
     )
     assert output.isfinite().all()
     assert (output.float() - expected.float()).abs().max() <= TOLERANCE[dtype]
@@ -96,13 +103,13 @@ def test_decode_attention_gives_a_sequence_the_same_bits_alone_and_in_any_batch(
     query = torch.randn(len(contexts), 4, 32)
 
     def attend(rows: list[int]) -> torch.Tensor:
-        plan = kernels.plan_attention(
+        plan = plan_attention(
             block_tables=[tables[row] for row in rows],
             query_lens=[1] * len(rows),
             context_lens=[contexts[row] for row in rows],
             layout=layout,
         )
-        return kernels.paged_attention(query[rows], pool, 1, plan, scale=0.2)
+        return paged_attention(query[rows], pool, 1, plan, scale=0.2)
 
     together = attend([0, 1, 2, 3, 4])
     assert torch.equal(together, torch.cat([attend([row]) for row in range(5)]))
@@ -117,10 +124,8 @@ def test_decode_attention_never_reads_a_cell_outside_the_context_or_the_window()
         block, offset = tables[0][position // 16], position % 16
         poisoned[block, 1, :, offset] = pool[block, 1, :, offset]
     query = torch.randn(1, 4, 32)
-    plan = kernels.plan_attention(block_tables=tables, query_lens=[1], context_lens=[70], layout=layout, window=20)
-    assert torch.equal(
-        kernels.paged_attention(query, poisoned, 1, plan, scale=0.2), kernels.paged_attention(query, pool, 1, plan, scale=0.2)
-    )
+    plan = plan_attention(block_tables=tables, query_lens=[1], context_lens=[70], layout=layout, window=20)
+    assert torch.equal(paged_attention(query, poisoned, 1, plan, scale=0.2), paged_attention(query, pool, 1, plan, scale=0.2))
 
 
 @pytest.mark.parametrize("half", ["key", "value"])
@@ -128,14 +133,14 @@ def test_decode_attention_when_a_visible_cell_is_nan_says_so(half: str) -> None:
     layout = KVLayout(num_layers=1, num_kv_heads=1, block_size=16, head_dim=8, dtype=torch.float32)
     pool, tables = scattered_pool(layout, [20])
     pool[tables[0][0], 0, 0, 3, 0 if half == "key" else 8] = float("nan")
-    plan = kernels.plan_attention(block_tables=tables, query_lens=[1], context_lens=[20], layout=layout)
-    assert kernels.paged_attention(torch.randn(1, 1, 8), pool, 0, plan, scale=1.0).isnan().any()
+    plan = plan_attention(block_tables=tables, query_lens=[1], context_lens=[20], layout=layout)
+    assert paged_attention(torch.randn(1, 1, 8), pool, 0, plan, scale=1.0).isnan().any()
 
 
 def test_decode_attention_when_scores_are_huge_takes_the_best_cell() -> None:
     layout = KVLayout(num_layers=1, num_kv_heads=1, block_size=16, head_dim=8, dtype=torch.float32)
     pool, tables = scattered_pool(layout, [40])
     query = torch.randn(1, 1, 8) * 1e4
-    plan = kernels.plan_attention(block_tables=tables, query_lens=[1], context_lens=[40], layout=layout)
-    expected = reference.paged_attention(query, pool, 0, block_tables=tables, query_lens=[1], context_lens=[40], scale=1.0)
-    assert torch.allclose(kernels.paged_attention(query, pool, 0, plan, scale=1.0), expected)
+    plan = plan_attention(block_tables=tables, query_lens=[1], context_lens=[40], layout=layout)
+    expected, _ = reference.paged_attention(query, pool, layout, 0, block_tables=tables, query_lens=[1], context_lens=[40], scale=1.0)
+    assert torch.allclose(paged_attention(query, pool, 0, plan, scale=1.0), expected)

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
-from kernels import KVLayout, reference
+from kernels import KVLayout, cpu_backend, reference
 from tests.kernels.conftest import SetThreads
 
 # Units in the last place: fp32 sums in another order; a 16-bit result is rounded once, and may fall on the other side of a tie.
@@ -36,7 +35,7 @@ def check_close(output: torch.Tensor, expected: torch.Tensor, size: torch.Tensor
 def test_rms_norm_when_rows_are_any_equals_the_reference(dtype: torch.dtype, seed: int, num_tokens: int, width: int, scale: float) -> None:
     x, weight = randn(seed, num_tokens, width, dtype=dtype, scale=scale), randn(seed + 1, width, dtype=dtype)
     expected = reference.rms_norm(x, weight, 1e-5)
-    check_close(kernels.rms_norm(x, weight, 1e-5), expected, expected.float().abs())
+    check_close(cpu_backend.rms_norm(x, weight, 1e-5), expected, expected.float().abs())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,14 +45,14 @@ def test_add_rms_norm_when_rows_are_any_equals_the_reference(dtype: torch.dtype,
     residual, delta, weight = (randn(seed + i, *shape, dtype=dtype) for i, shape in enumerate([(num_tokens, width)] * 2 + [(width,)]))
     expected_residual = residual.clone()
     expected = reference.add_rms_norm(expected_residual, delta, weight, 1e-5)
-    output = kernels.add_rms_norm(residual, delta, weight, 1e-5)
+    output = cpu_backend.add_rms_norm(residual, delta, weight, 1e-5)
     check_close(output, expected, expected.float().abs())
     assert torch.equal(residual, expected_residual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm_of_zeros_is_zeros(dtype: torch.dtype) -> None:
-    assert not kernels.rms_norm(torch.zeros(2, 8, dtype=dtype), torch.ones(8, dtype=dtype), 1e-6).any()
+    assert not cpu_backend.rms_norm(torch.zeros(2, 8, dtype=dtype), torch.ones(8, dtype=dtype), 1e-6).any()
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -79,8 +78,8 @@ def test_rope_and_write_kv_when_heads_are_any_equals_the_reference(
         "eps": 1e-6,
     }
     kept = qkv.clone()
-    query = kernels.rope_and_write_kv(qkv, pool, 1, **arguments)
-    expected = reference.rope_and_write_kv(qkv, expected_pool, 1, **arguments)
+    query = cpu_backend.rope_and_write_kv(qkv, pool, layout, 1, **arguments)
+    expected = reference.rope_and_write_kv(qkv, expected_pool, layout, 1, **arguments)
     check_close(query, expected, max_of_pairs(expected))
     written = expected_pool[:, 1]
     check_close(
@@ -102,7 +101,7 @@ def test_rope_at_angle_zero_changes_nothing_and_a_quarter_turn_swaps_the_halves(
     pool = layout.allocate(1, torch.device("cpu"))
     qkv = randn(3, 2, 3, 8, dtype=dtype)
     tables: dict[str, Any] = {"cos": torch.tensor([[1.0] * 4, [0.0] * 4]), "sin": torch.tensor([[0.0] * 4, [1.0] * 4])}
-    query = kernels.rope_and_write_kv(qkv, pool, 0, positions=torch.tensor([0, 1]), slots=torch.tensor([5, 2]), **tables)
+    query = cpu_backend.rope_and_write_kv(qkv, pool, layout, 0, positions=torch.tensor([0, 1]), slots=torch.tensor([5, 2]), **tables)
     turned = torch.cat((-qkv[..., 4:], qkv[..., :4]), dim=-1)
     assert torch.equal(query[:, 0], torch.stack((qkv[0, 0], turned[1, 0])))
     assert torch.equal(pool[0, 0, 0, 5], torch.cat((qkv[0, 1], qkv[0, 2])))
@@ -117,7 +116,7 @@ def test_silu_and_mul_when_rows_are_any_equals_the_reference(
 ) -> None:
     gate_up = randn(seed, num_tokens, 2 * width, dtype=dtype, scale=scale)
     kept = gate_up.clone()
-    output = kernels.silu_and_mul(gate_up)
+    output = cpu_backend.silu_and_mul(gate_up)
     expected = reference.silu_and_mul(gate_up)
     # One rounding of the gate is the gate's size times that in its exponential.
     check_close(output, expected, expected.float().abs() * (1 + gate_up[:, :width].float().abs()))
@@ -129,7 +128,7 @@ def test_a_call_shared_by_threads_gives_the_same_bits(torch_threads: SetThreads,
     x, weight = randn(0, 1801, 512, dtype=torch.float32), randn(1, 512, dtype=torch.float32)
 
     def compute() -> torch.Tensor:
-        return kernels.rms_norm(x, weight, 1e-5) if name == "rms_norm" else kernels.silu_and_mul(x)
+        return cpu_backend.rms_norm(x, weight, 1e-5) if name == "rms_norm" else cpu_backend.silu_and_mul(x)
 
     torch_threads(1)
     alone = compute()
@@ -139,10 +138,10 @@ def test_a_call_shared_by_threads_gives_the_same_bits(torch_threads: SetThreads,
 
 def test_silu_and_mul_when_gates_are_extreme_saturates_and_keeps_nan() -> None:
     gate = torch.tensor([-1e30, -200.0, 200.0, 1e30, float("nan")])
-    output = kernels.silu_and_mul(torch.cat((gate, torch.ones(5)))[None])[0]
+    output = cpu_backend.silu_and_mul(torch.cat((gate, torch.ones(5)))[None])[0]
     assert output[:4].tolist() == pytest.approx([0.0, 0.0, 200.0, 1e30], rel=1e-6, abs=1e-5)
     assert output[4].isnan()
 
 
 def test_silu_and_mul_when_gate_and_up_differ_takes_the_gate_from_the_first_half() -> None:
-    assert kernels.silu_and_mul(torch.tensor([[0.0, 100.0, 3.0, 4.0]])).tolist() == [[0.0, 400.0]]
+    assert cpu_backend.silu_and_mul(torch.tensor([[0.0, 100.0, 3.0, 4.0]])).tolist() == [[0.0, 400.0]]

@@ -22,7 +22,7 @@ class PagedSequences:
         self._layout = decoder.kv_layout(block_size)
         self._pool = self._layout.allocate(total, torch.device("cpu"))
         # What a stranger left in a block must not matter.
-        self._pool.normal_(generator=torch.Generator().manual_seed(0))
+        self._pool.view(torch.uint8).random_(0, 64, generator=torch.Generator().manual_seed(0))
         order = np.random.default_rng(1).permutation(total).tolist()
         starts = np.cumsum([0, *counts]).tolist()
         self._tables = [order[start : start + count] for start, count in zip(starts, counts, strict=False)]

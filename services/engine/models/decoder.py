@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-import kernels
-from kernels import KVLayout, Linear
+from kernels import Backend, BackendName, KVFormat, KVLayout, Linear, backend_of
 from services.engine.batch import StepBatch
 from services.engine.model_config import ModelConfig
 from services.engine.rope import rope_tables
@@ -31,12 +30,27 @@ class Layer:
 
 
 class Decoder:
-    """A model ready to compute. Activations, keys and values have `dtype`; logits are fp32."""
+    """A model ready to compute. Activations have `dtype`, keys and values too, if their format is plain; logits are fp32."""
 
-    def __init__(self, config: ModelConfig, reader: WeightReader, *, dtype: torch.dtype, max_model_len: int) -> None:
-        """Takes every tensor of the checkpoint. Raises CheckpointError when one is missing, misshapen or left over."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        reader: WeightReader,
+        *,
+        dtype: torch.dtype,
+        max_model_len: int,
+        kv_format: KVFormat = KVFormat.PLAIN,
+        backend: Backend | None = None,
+    ) -> None:
+        """Takes every tensor of the checkpoint. Raises CheckpointError when one is missing, misshapen or left over.
+
+        kv_format   in which keys and values are stored; plain: in dtype
+        backend     computes all but the matrix products; None: the CPU's
+        """
         self.config = config
+        self._backend = backend_of(BackendName.CPU) if backend is None else backend
         self.dtype = dtype
+        self.kv_format = kv_format
         self.cos, self.sin = rope_tables(config.rope, config.head_dim, max_model_len)
         self.embedding = reader.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.layers = [_read_layer(config, reader, index, dtype) for index in range(config.num_layers)]
@@ -56,17 +70,20 @@ class Decoder:
             block_size=block_size,
             head_dim=self.config.head_dim,
             dtype=self.dtype,
+            format=self.kv_format,
         )
 
     def forward(self, batch: StepBatch, pool: torch.Tensor, layout: KVLayout) -> torch.Tensor:
         """Computes the batch's tokens, stores their K and V in `pool`, returns fp32 logits [R, vocab_size] of its logit rows."""
-        config = self.config
+        config, backend = self.config, self._backend
         plans = {
-            window: kernels.plan_attention(
+            window: backend.plan_attention(
                 block_tables=batch.block_tables,
                 query_lens=batch.query_lens,
                 context_lens=batch.context_lens,
                 layout=layout,
+                num_heads=config.num_heads,
+                device=pool.device,
                 window=window,
             )
             for window in set(config.windows)
@@ -74,13 +91,14 @@ class Decoder:
         positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(batch.slots)
         logit_rows = torch.from_numpy(batch.logit_rows)
         hidden = self.embedding.index_select(0, torch.from_numpy(batch.token_ids)).to(self.dtype)
-        normed = kernels.rms_norm(hidden, self.layers[0].input_norm, config.rms_norm_eps)
+        normed = backend.rms_norm(hidden, self.layers[0].input_norm, config.rms_norm_eps)
         norms_after = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         for index, layer in enumerate(self.layers):
             heads = layer.qkv(normed).view(len(hidden), -1, config.head_dim)
-            query = kernels.rope_and_write_kv(
+            query = backend.rope_and_write_kv(
                 heads,
                 pool,
+                layout,
                 index,
                 positions=positions,
                 slots=slots,
@@ -92,13 +110,13 @@ class Decoder:
             )
             if index == config.num_layers - 1 and not len(logit_rows):
                 return torch.empty(0, config.vocab_size)
-            attended = kernels.paged_attention(query, pool, index, plans[config.windows[index]], scale=config.head_dim**-0.5).flatten(1)
+            attended = backend.paged_attention(query, pool, index, plans[config.windows[index]], scale=config.head_dim**-0.5).flatten(1)
             if index == config.num_layers - 1:
                 # Past the last layer's attention, only the rows that will be sampled matter.
                 attended, hidden = attended.index_select(0, logit_rows), hidden.index_select(0, logit_rows)
-            normed = kernels.add_rms_norm(hidden, layer.output(attended), layer.post_attention_norm, config.rms_norm_eps)
-            delta = layer.down(kernels.silu_and_mul(layer.gate_up(normed)))
-            normed = kernels.add_rms_norm(hidden, delta, norms_after[index], config.rms_norm_eps)
+            normed = backend.add_rms_norm(hidden, layer.output(attended), layer.post_attention_norm, config.rms_norm_eps)
+            delta = layer.down(backend.silu_and_mul(layer.gate_up(normed)))
+            normed = backend.add_rms_norm(hidden, delta, norms_after[index], config.rms_norm_eps)
         return self.lm_head(normed).float()
 
 

@@ -26,7 +26,8 @@ VOCAB_SIZES = [5, 6, 40, NUM_CANDIDATES - 1, NUM_CANDIDATES, NUM_CANDIDATES + 1,
 def numpy_noise(seed: int, position: int, vocab_size: int) -> Floats:
     """Gumbel noise of one row."""
     words = numpy_words(seed, position, -(-vocab_size // 4))[:vocab_size]
-    return (-np.log(-np.log((words.astype(np.float64) + 0.5) / 2.0**32))).astype(np.float32)
+    noise: Floats = (-np.log(-np.log((words.astype(np.float64) + 0.5) / 2.0**32))).astype(np.float32)
+    return noise
 
 
 def numpy_scores(logits: Floats, row: SampleRow) -> Floats:
@@ -46,7 +47,7 @@ def numpy_scores(logits: Floats, row: SampleRow) -> Floats:
 
 def numpy_kept(scaled: Floats, params: SamplingParams) -> Ids:
     """Ids that min-p, then top-k, then top-p leave, best first."""
-    kept = np.lexsort((np.arange(len(scaled)), -scaled))
+    kept: Ids = np.lexsort((np.arange(len(scaled)), -scaled))
     best = scaled[kept[0]]
     kept = kept[scaled[kept] > -np.inf]
     if not len(kept):

@@ -62,7 +62,7 @@ def test_ecdf_when_four_values_are_given_climbs_by_quarters() -> None:
 
 
 def test_ecdf_when_there_are_many_values_keeps_the_slowest_hundred() -> None:
-    [trace] = latency.ecdf({"x": np.arange(100_000.0)}, name="x", objective_ms=None).data
+    [trace] = latency.ecdf({"x": np.arange(100_000, dtype=np.float64)}, name="x", objective_ms=None).data
     assert len(trace.x) <= latency.MAX_POINTS + 100
     assert list(trace.x[-100:]) == list(range(99_900, 100_000))
 

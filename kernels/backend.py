@@ -1,0 +1,117 @@
+"""What computes the tensor functions: their signatures, which every backend has, and the choice of one.
+
+A backend is a module with these functions. `reference` says what each must compute, tests/kernels/test_conformance.py checks it, for any
+further backend too.
+"""
+
+import enum
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+
+from kernels.block_lists import BlockLists
+from kernels.kv_layout import KVLayout
+
+
+class Backend(Protocol):
+    """Tensors are contiguous and on one device; a plan is a backend's own."""
+
+    def plan_attention(
+        self,
+        *,
+        block_tables: Sequence[Sequence[int]],
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        layout: KVLayout,
+        num_heads: int,
+        device: torch.device,
+        window: int | None = None,
+        plain_scores: bool = True,
+        ancestors: torch.Tensor | None = None,
+        block_lists: Sequence[BlockLists] | None = None,
+    ) -> Any:
+        """What every layer of one window does in one step; made once per step, used by each of them.
+
+        Arguments as in reference.paged_attention; sequences with one new token come first, a window is positive.
+
+        num_heads      query heads
+        plain_scores   False where paged_attention will be given a softcap or sinks
+        ancestors      a tree of new tokens for each sequence, of at most 16
+        block_lists    for each sequence which blocks its queries see; not with a window
+        """
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        plan: Any,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """reference.paged_attention without the log sums; the lists it takes are in the plan."""
+
+    def rope_and_write_kv(
+        self,
+        qkv: torch.Tensor,
+        pool: torch.Tensor,
+        layout: KVLayout,
+        layer: int,
+        *,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        query_norm: torch.Tensor | None = None,
+        key_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> torch.Tensor:
+        """See reference.rope_and_write_kv."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See reference.rms_norm; x [T, H]."""
+
+    def add_rms_norm(self, residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See reference.add_rms_norm."""
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See reference.silu_and_mul."""
+
+    def copy_blocks(
+        self,
+        source: torch.Tensor,
+        source_layout: KVLayout,
+        target: torch.Tensor,
+        target_layout: KVLayout,
+        *,
+        source_blocks: torch.Tensor | None = None,
+        target_blocks: torch.Tensor | None = None,
+        first_source_head: int = 0,
+        first_target_head: int = 0,
+        num_heads: int | None = None,
+    ) -> None:
+        """See kv_cells.copy_blocks."""
+
+
+class BackendName(enum.StrEnum):
+    CPU = "cpu"
+    TRITON = "triton"
+
+
+def backend_of(name: BackendName) -> Backend:
+    """The backend of that name. Triton computes on CUDA; on the CPU in its interpreter, for which TRITON_INTERPRET=1 must be set before."""
+    if name is BackendName.CPU:
+        from kernels import cpu_backend
+
+        return cast(Backend, cpu_backend)
+    from kernels import triton_backend  # only now: it takes a second, and is not installed everywhere
+
+    return cast(Backend, triton_backend)
+
+
+def backend_for(device: torch.device) -> Backend:
+    """The fastest backend for tensors on this device."""
+    return backend_of(BackendName.TRITON if device.type == "cuda" else BackendName.CPU)

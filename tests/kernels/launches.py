@@ -1,0 +1,173 @@
+"""The launches of production: what the host code would launch for models that people serve, recorded without a GPU.
+
+Host code runs with tensors that have shapes but no memory. Run by a process of its own, which has not chosen Triton's interpreter.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import KVFormat, KVLayout
+from kernels import triton_backend as backend
+from kernels.block_lists import dense
+
+META = torch.device("meta")
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the arguments it was launched with."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def compile(self, capability: int) -> Any:
+        """For sm_`capability`, as Triton would at this launch: arguments that 16 divides are known to be so, and those that are 1."""
+        names = self.kernel.arg_names
+        signature, constants, attributes = {}, {}, {}
+        for index, name in enumerate(names):
+            value, is_constant = self.arguments[name], self.kernel.params[index].is_constexpr
+            if is_constant or value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+                signature[name], constants[(index,)] = "constexpr", value
+                continue
+            signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
+            offset = value.storage_offset() * value.itemsize if isinstance(value, torch.Tensor) else value
+            if isinstance(offset, int) and offset % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches are written down instead of made."""
+    launches: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        launches.append(Launch(self, dict(zip(self.arg_names, args, strict=False)) | kwargs, options))
+
+    before = triton.runtime.jit.JITFunction.run
+    triton.runtime.jit.JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        triton.runtime.jit.JITFunction.run = before
+
+
+def attention(
+    layout: KVLayout, num_heads: int, query_lens: list[int], *, softcap: float | None = None, has_sinks: bool = False, **planned: Any
+) -> None:
+    """One step's attention of sequences of 4,096 tokens."""
+    context_lens = [4096] * len(query_lens)
+    tables = [list(range(-(-4096 // layout.block_size)))] * len(query_lens)
+    pool = layout.allocate(100_000, META)
+    query = torch.empty(sum(query_lens), num_heads, layout.head_dim, dtype=layout.dtype, device=META)
+    plan = backend.plan_attention(
+        block_tables=tables, query_lens=query_lens, context_lens=context_lens, layout=layout, num_heads=num_heads, device=META, **planned
+    )
+    sinks = torch.empty(num_heads, device=META) if has_sinks else None
+    backend.paged_attention(query, pool, 3, plan, scale=0.1, softcap=softcap, sinks=sinks)
+
+
+def write(layout: KVLayout, num_heads: int, *, has_norm: bool) -> None:
+    qkv = torch.empty(512, num_heads + 2 * layout.num_kv_heads, layout.head_dim, dtype=layout.dtype, device=META)
+    integers, table = torch.empty(512, dtype=torch.int64, device=META), torch.empty(4096, layout.head_dim // 2, device=META)
+    norm = torch.empty(layout.head_dim, dtype=layout.dtype, device=META) if has_norm else None
+    backend.rope_and_write_kv(
+        qkv,
+        layout.allocate(100, META),
+        layout,
+        3,
+        positions=integers,
+        slots=integers,
+        cos=table,
+        sin=table,
+        query_norm=norm,
+        key_norm=norm,
+        eps=1e-6,
+    )
+
+
+def elementwise(dtype: torch.dtype) -> None:
+    x = torch.empty(64, 4096, dtype=dtype, device=META)
+    backend.rms_norm(x, x[0], 1e-5)
+    backend.add_rms_norm(x, x, x[0], 1e-5)
+    backend.silu_and_mul(torch.empty(64, 28672, dtype=dtype, device=META))
+    backend.merge_attention(torch.empty(4, 64, 32, 128, dtype=dtype, device=META), torch.empty(4, 64, 32, device=META))
+
+
+def copies(layout: KVLayout, wire: KVLayout) -> None:
+    blocks = torch.empty(32, dtype=torch.int32, device=META)
+    backend.copy_blocks(layout.allocate(100, META), layout, wire.allocate(32, META), wire, source_blocks=blocks)
+
+
+def grouped(
+    form: KVFormat = KVFormat.PLAIN, *, head_dim: int = 128, num_kv_heads: int = 8, dtype: torch.dtype = torch.bfloat16
+) -> KVLayout:
+    """Of the Llama 3 8B kind."""
+    return KVLayout(num_layers=32, num_kv_heads=num_kv_heads, block_size=64, head_dim=head_dim, dtype=dtype, format=form)
+
+
+LATENT = KVLayout(num_layers=27, num_kv_heads=1, block_size=64, head_dim=576, value_head_dim=512, is_latent=True, dtype=torch.bfloat16)
+Case = Callable[[], None]
+
+
+def production() -> dict[str, Case]:
+    """What `make test` compiles."""
+    decode = [1] * 8
+    cases: dict[str, Case] = {
+        "decode": partial(attention, grouped(), 32, decode),
+        "verify": partial(attention, grouped(), 32, [4] * 8),
+        "prefill": partial(attention, grouped(), 32, [2048]),
+        "prefill by lists": partial(attention, grouped(), 32, [2048], block_lists=[dense(64, 8)]),
+        "decode in a window": partial(attention, grouped(), 32, decode, window=1024),
+        "decode over latents, 16 heads": partial(attention, LATENT, 16, decode),
+        "decode over latents, 128 heads": partial(attention, LATENT, 128, decode),
+        "elementwise": partial(elementwise, torch.bfloat16),
+        "copy": partial(copies, grouped(), grouped()),
+        "copy to int8": partial(copies, grouped(), grouped(KVFormat.INT8)),
+    }
+    for form in KVFormat:
+        cases[f"write {form.name.lower()}"] = partial(write, grouped(form), 32, has_norm=True)
+        if form is not KVFormat.PLAIN:
+            cases[f"decode {form.name.lower()}"] = partial(attention, grouped(form), 32, decode)
+    return cases
+
+
+def everything() -> dict[str, Case]:
+    """What `make compile-kernels` compiles: all that kernels are specialized for, in all pairs that models have."""
+    cases = production()
+    steps = {"decode": [1] * 8, "verify": [8] * 8, "prefill": [2048]}
+    for form, head_dim in product(KVFormat, (64, 80, 96, 128, 256)):
+        layout, kind = grouped(form, head_dim=head_dim), f"{form.name.lower()} {head_dim}"
+        for (name, query_lens), window in product(steps.items(), (None, 1024)):
+            cases[f"{name} {kind} window {window}"] = partial(attention, layout, 32, query_lens, window=window)
+        cases[f"write {kind}"] = partial(write, layout, 32, has_norm=False)
+    for name, query_lens in steps.items():
+        cases[f"{name} with sinks"] = partial(attention, grouped(), 64, query_lens, has_sinks=True, window=128)
+        cases[f"{name} with capped scores"] = partial(attention, grouped(head_dim=256, num_kv_heads=4), 8, query_lens, softcap=50.0)
+        cases[f"{name} in fp16"] = partial(attention, grouped(dtype=torch.float16), 32, query_lens)
+    cases["decode in invariant mode"] = partial(attention, grouped(), 32, [1] * 8, invariant=True)
+    cases["tree"] = partial(attention, grouped(), 32, [8] * 8, ancestors=torch.ones(64, dtype=torch.int64))
+    return cases
