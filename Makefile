@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint types contracts unit faults chaos protos micro clean
+.PHONY: demo test lint types contracts unit faults chaos protos micro compile-kernels clean
 
 # A whole mesh on the model that ships with Baton, a few prompts that share a prefix, a timeline of each; then everything stops.
 demo: $(STAMP)
@@ -44,6 +44,10 @@ protos: $(STAMP)
 # The engine's figures beside transformers, measured now; a quarter of an hour.
 micro: $(STAMP)
 	$(BIN)/python -m loadtest micro engine --check
+
+# Triton's kernels in all combinations that models may have, for three generations of GPUs; needs none. `make test` compiles the usual ones.
+compile-kernels: $(STAMP)
+	$(BIN)/python -m tests.kernels.compile_all everything
 
 # The constraint pins the torch that the tests know. Where pip's index has CPU builds of it, nothing of CUDA is installed.
 $(STAMP): pyproject.toml constraints-cpu.txt

@@ -13,7 +13,7 @@ import triton
 
 from tests.kernels.launches import everything, production, recorded
 
-CAPABILITIES = (80, 90, 100)
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one program may have; CUDA's programming guide
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -40,16 +40,25 @@ def compiled(name: str, launch: Any, capability: int) -> dict[str, Any]:
     }
 
 
+def is_fit(found: dict[str, Any]) -> bool:
+    """Whether nothing is spilled and the shared memory is there."""
+    return not found["stack"] and found["shared"] <= SHARED_MEMORY[found["capability"]]
+
+
 def main() -> None:
     cases = everything() if "everything" in sys.argv[1:] else production()
+    all_fit = True
     for name, case in cases.items():
         with recorded() as launches:
             case()
-        for capability in CAPABILITIES:
+        for capability in SHARED_MEMORY:
             if "fp8" in name and capability < 89:
                 continue  # has no instructions for it
             for launch in launches:
-                print(json.dumps(compiled(name, launch, capability)), flush=True)
+                found = compiled(name, launch, capability)
+                all_fit &= is_fit(found)
+                print(json.dumps(found), flush=True)
+    sys.exit(0 if all_fit else "some spill registers, or need more shared memory than there is")
 
 
 if __name__ == "__main__":

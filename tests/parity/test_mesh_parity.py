@@ -105,6 +105,31 @@ def test_tokens_when_prefilled_elsewhere_are_those_of_one_engine(transport: str,
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+def test_tokens_when_keys_and_values_are_quantized_are_those_of_one_engine_that_quantizes(
+    mesh_workload: Workload, kind: str, checkpoints: Path
+) -> None:
+    """Fewer bytes move, by as much as the format says, and the same tokens come out, computed elsewhere or here."""
+
+    async def main() -> None:
+        async with open_mesh(checkpoints, kv_dtype=kind) as mesh:
+            workers = [await mesh.prefill("p0"), await mesh.decode("d0")]
+            requests = without_eos(mesh_workload)
+            remote = await run_all(mesh, [await mesh.router(workers, max_local_tokens=ALWAYS_REMOTE)], requests)
+            local = await run_all(mesh, [await mesh.router([await mesh.decode("d1")])], requests)
+            for replies in (remote, local):
+                check(mesh_workload.baseline, replies)
+            assert {reply.timing.prefill_worker_id for reply in remote.values()} == {"p0"}
+            assert {reply.timing.prefill_worker_id for reply in local.values()} == {""}
+            bits = {"fp8": 8, "int8": 8, "int4": 4}[kind]
+            block_bytes = 3 * 2 * BLOCK_SIZE * (2 * 16 * bits // 8 + 4)  # layers, KV heads, tokens, K and V with their two fp16 scales
+            moved = sum(reply.timing.kv_blocks for reply in remote.values())
+            assert moved > 0
+            assert sum(reply.timing.kv_bytes for reply in remote.values()) == moved * block_bytes
+
+    asyncio.run(main())
+
+
 @each_kind
 def test_tokens_when_decode_computes_the_prompt_are_those_of_one_engine(mesh_workload: Workload, checkpoints: Path) -> None:
     async def main() -> None:

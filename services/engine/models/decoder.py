@@ -48,7 +48,7 @@ class Decoder:
         backend     computes all but the matrix products; None: the CPU's
         """
         self.config = config
-        self._backend = backend_of(BackendName.CPU) if backend is None else backend
+        self.backend = backend_of(BackendName.CPU) if backend is None else backend
         self.dtype = dtype
         self.kv_format = kv_format
         self.cos, self.sin = rope_tables(config.rope, config.head_dim, max_model_len)
@@ -75,7 +75,7 @@ class Decoder:
 
     def forward(self, batch: StepBatch, pool: torch.Tensor, layout: KVLayout) -> torch.Tensor:
         """Computes the batch's tokens, stores their K and V in `pool`, returns fp32 logits [R, vocab_size] of its logit rows."""
-        config, backend = self.config, self._backend
+        config, backend = self.config, self.backend
         plans = {
             window: backend.plan_attention(
                 block_tables=batch.block_tables,

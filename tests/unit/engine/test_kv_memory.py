@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from services.core.errors import InvalidRequest
 from services.core.types import SamplingParams, TokenEvent
 from services.engine.core import EngineCore
 from services.engine.loader import load_model
 from services.engine.sequence import EngineRequest
 from services.engine.settings import EngineSettings
-from tests.unit.engine.conftest import BLOCK_BYTES
+from tests.unit.engine.conftest import BLOCK_BYTES, HEAD_DIM, KV_HEADS, LAYERS
 
 SETTINGS = EngineSettings(block_size=16, kv_memory_bytes=8 * BLOCK_BYTES + 1)
 PROMPT = list(range(10, 50))
@@ -78,7 +79,24 @@ def test_layout_fingerprint_when_blocks_mean_the_same_is_equal_and_else_differs(
     config["rope_theta"] = 20_000.0
     (tmp_path / "config.json").write_text(json.dumps(config))
     others.append(fingerprint(tmp_path))
-    assert len({here, *others}) == 5
+    others.extend(fingerprint(checkpoint, kv_dtype=kv_dtype) for kv_dtype in ("fp8", "int8", "int4"))
+    assert len({here, *others}) == 8
+
+
+def test_blocks_when_quantized_are_as_small_as_the_format_says(checkpoint: Path) -> None:
+    cells = LAYERS * KV_HEADS * 16
+    for kv_dtype, cell_bytes in (("auto", 8 * HEAD_DIM), ("fp8", 2 * HEAD_DIM + 4), ("int8", 2 * HEAD_DIM + 4), ("int4", HEAD_DIM + 4)):
+        core = load_model(checkpoint, EngineSettings(block_size=16, kv_dtype=kv_dtype, kv_memory_bytes=40 * BLOCK_BYTES)).core
+        assert core.block_bytes == cells * cell_bytes
+        assert len(generate(core)) == 20
+
+
+def test_load_model_when_int4_cannot_pair_a_head_s_numbers_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text()) | {"head_dim": 6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    with pytest.raises(InvalidRequest, match="kv_dtype: int4 needs heads whose size 4 divides; the checkpoint's is 6"):
+        load_model(tmp_path, EngineSettings(block_size=16, kv_dtype="int4"))
 
 
 def test_model_fingerprint_when_only_the_layout_differs_is_the_same(checkpoint: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from services.core.errors import CheckpointError, InvalidRequest
 from services.engine.loader import load_model
-from services.engine.settings import DTYPES, EngineSettings
+from services.engine.settings import DTYPES, KV_DTYPES, EngineSettings
 
 CONTEXT_TOKENS, BLOCK_BYTES = 256, 4096  # of the checkpoint in conftest.py
 
@@ -31,6 +31,7 @@ def test_validate_when_a_setting_is_inside_its_limits_accepts(fields: dict[str, 
     [
         ("dtype", "int8", DTYPES),
         ("dtype", "", DTYPES),
+        ("kv_dtype", "bfloat16", KV_DTYPES),
         ("block_size", 0, 1),
         ("block_size", -16, 1),
         ("block_size", 8, 16),
