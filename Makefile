@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint types contracts unit faults chaos protos micro compile-kernels clean
+.PHONY: demo test lint types contracts unit faults chaos protos micro compile-kernels gpu clean
 
 # A whole mesh on the model that ships with Baton, a few prompts that share a prefix, a timeline of each; then everything stops.
 demo: $(STAMP)
@@ -48,6 +48,11 @@ micro: $(STAMP)
 # Triton's kernels in all combinations that models may have, for three generations of GPUs; needs none. `make test` compiles the usual ones.
 compile-kernels: $(STAMP)
 	$(BIN)/python -m tests.kernels.compile_all everything
+
+# The Triton kernels on this machine's GPU, checked and timed; uses the Python that has the GPU's torch, and nothing else.
+GPU_PYTHON ?= python3
+gpu:
+	$(GPU_PYTHON) -m loadtest.micro.gpu --write kernels/H200.md
 
 # The constraint pins the torch that the tests know. Where pip's index has CPU builds of it, nothing of CUDA is installed.
 $(STAMP): pyproject.toml constraints-cpu.txt
