@@ -77,8 +77,8 @@ class Backend(Protocol):
     def add_rms_norm(self, residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See reference.add_rms_norm."""
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """See reference.silu_and_mul."""
+    def activate_and_mul(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        """See reference.activate_and_mul."""
 
     def copy_blocks(
         self,

@@ -5,6 +5,7 @@ Specification: the functions of the same names in reference.
 """
 
 import torch
+import torch.nn.functional as F
 
 from kernels import cpu_loops
 from kernels.cpu_loops import as_array, launch
@@ -28,8 +29,11 @@ def add_rms_norm(residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tens
     return output
 
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """See reference.silu_and_mul."""
+def activate_and_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """See reference.activate_and_mul."""
+    if activation == "gelu_tanh":
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up).to(gate_up.dtype)
     output = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
     launch(cpu_loops.silu_and_mul, len(gate_up), gate_up.nbytes, as_array(gate_up), as_array(output))
     return output

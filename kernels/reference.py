@@ -3,6 +3,7 @@
 Tests hold each backend to these functions. Nothing here is called while serving.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,10 +35,17 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """[T, 2 I], gate before up, → silu(gate) * up, [T, I]. Source: Shazeer 2020 (SwiGLU)."""
+def activate_and_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """[T, 2 I], gate before up, → activation(gate) * up, [T, I]. Source: Shazeer 2020 (SwiGLU, GEGLU).
+
+    activation   "silu", or "gelu_tanh", the approximation of Hendrycks and Gimpel 2016
+    """
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+    if activation == "gelu_tanh":
+        activated = 0.5 * gate * (1.0 + torch.tanh((2.0 / math.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+    else:
+        activated = gate * torch.sigmoid(gate)
+    return (activated * up).to(gate_up.dtype)
 
 
 def rope_and_write_kv(

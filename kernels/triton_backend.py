@@ -193,12 +193,13 @@ def _norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, 
     return output
 
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """See reference.silu_and_mul."""
+def activate_and_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """See reference.activate_and_mul."""
     width = gate_up.shape[1] // 2
     output = gate_up.new_empty(len(gate_up), width)
     block = min(1024, triton.next_power_of_2(width))
-    triton_elementwise.silu_and_mul[(triton.cdiv(width, block), len(gate_up))](gate_up, output, width, BLOCK=block)
+    grid = (triton.cdiv(width, block), len(gate_up))
+    triton_elementwise.activate_and_mul[grid](gate_up, output, width, BLOCK=block, IS_GELU=activation == "gelu_tanh")
     return output
 
 

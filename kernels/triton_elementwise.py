@@ -27,15 +27,16 @@ def rms_norm(x, residual, weight, output, width, eps, BLOCK: tl.constexpr, HAS_R
 
 
 @triton.jit
-def silu_and_mul(gate_up, output, width, BLOCK: tl.constexpr):
-    """Programs (piece, row) of gate_up [T, 2 I]."""
+def activate_and_mul(gate_up, output, width, BLOCK: tl.constexpr, IS_GELU: tl.constexpr):
+    """Programs (piece, row) of gate_up [T, 2 I]. tanh(x) is 2 sigmoid(2 x) - 1, which the interpreter has too."""
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=mask, other=0.0).to(tl.float32)
-    activated = gate * tl.sigmoid(gate) * up
-    tl.store(output + row * width + column, activated.to(output.dtype.element_ty), mask=mask)
+    # 1.595769… is twice the square root of 2 / pi.
+    activated = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if IS_GELU else gate)
+    tl.store(output + row * width + column, (activated * up).to(output.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -53,6 +53,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"vocab_size": 352, "sliding_window": 50, "head_dim": 32}),
     "qwen2": ("Qwen2", {"vocab_size": 500, "use_sliding_window": True, "sliding_window": 70, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"vocab_size": 400, "head_dim": 32, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "vocab_size": 300,
+            "head_dim": 32,
+            "sliding_window": 50,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 12.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "vocab_size": 360,
+            "head_dim": 32,
+            "sliding_window": 40,
+            "query_pre_attn_scalar": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        },
+    ),
     "llama3_bf16": ("Llama", {"vocab_size": 384, "rope_parameters": LLAMA3_ROPE, "dtype": "bfloat16"}),
 }
 SHARDED = "qwen2"
@@ -149,17 +174,22 @@ def _make_checkpoint(transformers: Any, folder: Path, name: str) -> None:
 
     torch.manual_seed(list(FAMILIES).index(name))  # of the prompts
     prefix, settings = FAMILIES[name]
-    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **settings}, attn_implementation="eager")
+    config_class = {"Gemma3": "Gemma3TextConfig"}.get(prefix, f"{prefix}Config")  # the plain name is that of the model with images
+    config = getattr(transformers, config_class)(**{**SIZES, **settings}, attn_implementation="eager")
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    stored_less = 1.0 if prefix.startswith("Gemma") else 0.0  # by so much Gemma stores a norm's weight smaller than it is
     for parameter_name, parameter in model.named_parameters():
         # A seed of its own for each weight: they stay what they are when a release of transformers orders them differently.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{parameter_name}".encode()))
         if "norm" in parameter_name:
-            parameter.normal_(1.0, 0.3, generator=generator)
+            parameter.normal_(1.0 - stored_less, 0.3, generator=generator)
         else:
             parameter.normal_(0.0, 0.1 if "bias" in parameter_name else 0.12, generator=generator)
     # Logits that spread: flat ones would hide errors, and their best two would often nearly tie.
-    (model.model.norm if config.tie_word_embeddings else model.lm_head).weight.mul_(4.0)
+    if config.tie_word_embeddings:
+        model.model.norm.weight.add_(stored_less).mul_(4.0).sub_(stored_less)
+    else:
+        model.lm_head.weight.mul_(4.0)
     if settings.get("dtype") == "bfloat16":
         # The reference for bf16 weights is their fp32 product, with rotary tables in fp32.
         for parameter in model.parameters():

@@ -19,7 +19,12 @@ ARCHITECTURES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
 }
+GEMMAS = ("gemma2", "gemma3")
+# In the words of config.json → in those of the kernels.
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -41,7 +46,14 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A decoder of the Llama kind. Sizes are counts of elements; `windows` has one entry per layer (None: global attention)."""
+    """A decoder of the Llama kind. Sizes are counts of elements; `windows` has one entry per layer (None: global attention).
+
+    rope, window_rope   of layers with global attention, and of those with a window
+    score_scale         what a query times a key is multiplied by; score_softcap, logit_softcap: see reference.paged_attention
+    embedding_scale     what the embeddings are multiplied by
+    norm_offset         what is added to the weights of norms, as they are stored
+    has_output_norms    what attention and MLP give is normed before it is added to the residual
+    """
 
     family: str
     vocab_size: int
@@ -54,12 +66,20 @@ class ModelConfig:
     context_tokens: int
     rms_norm_eps: float
     rope: RopeConfig
+    window_rope: RopeConfig
     windows: tuple[int | None, ...]
     tie_embeddings: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    activation: str
+    score_scale: float
+    score_softcap: float | None
+    logit_softcap: float | None
+    embedding_scale: float
+    norm_offset: float
+    has_output_norms: bool
     dtype: str
     eos_token_ids: tuple[int, ...]
 
@@ -104,16 +124,18 @@ def parse_model_config(raw: Mapping[str, Any], *, path: str) -> ModelConfig:
         raise fields.error("architectures", f"{architectures} is not supported; supported: {', '.join(ARCHITECTURES)}")
     if raw.get("quantization_config") is not None:
         raise fields.error("quantization_config", "quantized checkpoints are not supported yet")
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise fields.error("hidden_act", f"{activation!r} is not supported; supported: 'silu'")
+    is_gemma = family in GEMMAS
+    key = "hidden_activation" if is_gemma else "hidden_act"
+    activation = raw.get(key) or ("gelu_pytorch_tanh" if is_gemma else "silu")
+    if activation not in ACTIVATIONS:
+        raise fields.error(key, f"{activation!r} is not supported; supported: {', '.join(map(repr, ACTIVATIONS))}")
 
     hidden_size = fields.positive("hidden_size")
     num_heads = fields.positive("num_attention_heads")
     num_kv_heads = fields.positive("num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         raise fields.error("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads {num_heads}")
-    head_dim = fields.positive("head_dim", default=128 if family == "qwen3" else hidden_size // num_heads)
+    head_dim = fields.positive("head_dim", default={"qwen3": 128, "gemma2": 256, "gemma3": 256}.get(family, hidden_size // num_heads))
     if head_dim % 2:
         raise fields.error("head_dim", f"{head_dim} is odd, but rotary embedding needs pairs")
     context_tokens = fields.positive("max_position_embeddings")
@@ -123,6 +145,7 @@ def parse_model_config(raw: Mapping[str, Any], *, path: str) -> ModelConfig:
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     if dtype not in DTYPES:
         raise fields.error("dtype", f"{dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    rope, window_rope = _ropes(fields, family, context_tokens)
     return ModelConfig(
         family=family,
         vocab_size=fields.positive("vocab_size"),
@@ -134,13 +157,21 @@ def parse_model_config(raw: Mapping[str, Any], *, path: str) -> ModelConfig:
         head_dim=head_dim,
         context_tokens=context_tokens,
         rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
-        rope=_rope(fields, context_tokens),
+        rope=rope,
+        window_rope=window_rope,
         windows=_windows(fields, family, num_layers),
-        tie_embeddings=fields.flag("tie_word_embeddings", default=False),
+        tie_embeddings=fields.flag("tie_word_embeddings", default=is_gemma),
         qkv_bias=attention_bias or family == "qwen2",
         output_bias=attention_bias,
         mlp_bias=fields.flag("mlp_bias", default=False) and family == "llama",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "gemma3"),
+        activation=ACTIVATIONS[activation],
+        score_scale=(fields.number("query_pre_attn_scalar", default=256.0) if is_gemma else float(head_dim)) ** -0.5,
+        score_softcap=_softcap(fields, "attn_logit_softcapping", 50.0) if family == "gemma2" else None,
+        logit_softcap=_softcap(fields, "final_logit_softcapping", 30.0) if family == "gemma2" else None,
+        embedding_scale=hidden_size**0.5 if is_gemma else 1.0,
+        norm_offset=1.0 if is_gemma else 0.0,
+        has_output_norms=is_gemma,
         dtype=dtype,
         eos_token_ids=fields.token_ids("eos_token_id"),
     )
@@ -169,12 +200,38 @@ def load_generation_defaults(directory: Path, config: ModelConfig) -> Generation
     )
 
 
-def _rope(fields: "_Fields", context_tokens: int) -> RopeConfig:
+def _softcap(fields: "_Fields", key: str, default: float) -> float | None:
+    """null means none."""
+    if key in fields.raw and fields.raw[key] is None:
+        return None
+    value = fields.number(key, default=default)
+    if value <= 0.0:
+        raise fields.error(key, f"{value} is not positive")
+    return value
+
+
+def _ropes(fields: "_Fields", family: str, context_tokens: int) -> tuple[RopeConfig, RopeConfig]:
+    """Of layers with global attention and of those with a window; Gemma 3 rotates these by another base and never scales them."""
     raw = fields.raw.get("rope_parameters") or fields.raw.get("rope_scaling") or {}
     if not isinstance(raw, Mapping):
         raise fields.error("rope_parameters", "is not an object")
+    if family != "gemma3":
+        rope = _rope(fields, raw, context_tokens, theta=10_000.0)
+        return rope, rope
+    by_layer = {"full_attention": raw, "sliding_attention": {"rope_theta": fields.number("rope_local_base_freq", default=10_000.0)}}
+    if "full_attention" in raw or "sliding_attention" in raw:
+        by_layer |= {kind: value for kind, value in raw.items() if isinstance(value, Mapping)}
+    ropes = [
+        _rope(fields, by_layer[kind], context_tokens, theta=theta)
+        for kind, theta in (("full_attention", 1_000_000.0), ("sliding_attention", 10_000.0))
+    ]
+    return ropes[0], ropes[1]
+
+
+def _rope(fields: "_Fields", raw: Mapping[str, Any], context_tokens: int, *, theta: float) -> RopeConfig:
+    """`raw`: what is said of this rotation; `theta`: the base where nothing is."""
     inner = _Fields({**raw}, fields.path)
-    theta = inner.number("rope_theta", default=fields.number("rope_theta", default=10_000.0))
+    theta = inner.number("rope_theta", default=fields.number("rope_theta", default=theta))
     if inner.number("partial_rotary_factor", default=fields.number("partial_rotary_factor", default=1.0)) != 1.0:
         raise fields.error("partial_rotary_factor", "only 1.0 is supported")
     kind = str(raw.get("rope_type") or raw.get("type") or "default")
@@ -221,15 +278,18 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def _windows(fields: "_Fields", family: str, num_layers: int) -> tuple[int | None, ...]:
-    default = 4096 if family == "mistral" else None  # what transformers takes when the key is absent; null means none
+    default = 4096 if family in ("mistral", *GEMMAS) else None  # what transformers takes when the key is absent; null means none
     if family == "llama" or fields.raw.get("sliding_window", default) is None:
         return (None,) * num_layers
     window = fields.positive("sliding_window", default=default)
     if family == "mistral":
         return (window,) * num_layers
-    if not fields.flag("use_sliding_window", default=False):
+    if family not in GEMMAS and not fields.flag("use_sliding_window", default=False):
         return (None,) * num_layers
     layer_types = fields.raw.get("layer_types")
+    if layer_types is None and family in GEMMAS:
+        period = fields.positive("sliding_window_pattern", default=6) if family == "gemma3" else 2
+        return tuple(None if (layer + 1) % period == 0 else window for layer in range(num_layers))
     if layer_types is None:
         first = fields.positive("max_window_layers", default=28)
         return tuple(window if layer >= first else None for layer in range(num_layers))

@@ -113,7 +113,7 @@ def elementwise(dtype: torch.dtype) -> None:
     x = torch.empty(64, 4096, dtype=dtype, device=META)
     backend.rms_norm(x, x[0], 1e-5)
     backend.add_rms_norm(x, x, x[0], 1e-5)
-    backend.silu_and_mul(torch.empty(64, 28672, dtype=dtype, device=META))
+    backend.activate_and_mul(torch.empty(64, 28672, dtype=dtype, device=META), "silu")
     backend.merge_attention(torch.empty(4, 64, 32, 128, dtype=dtype, device=META), torch.empty(4, 64, 32, device=META))
 
 

@@ -35,7 +35,7 @@ def test_production_kernels_compile_and_fit_every_generation() -> None:
         "prefill_attention",
         "rope_and_write_kv",
         "rms_norm",
-        "silu_and_mul",
+        "activate_and_mul",
         "merge_attention",
         "copy_heads",
         "convert_heads",

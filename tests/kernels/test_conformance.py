@@ -296,7 +296,9 @@ def test_norms_and_activation(name: BackendName, seed: int, num_tokens: int, wid
     output = backend.add_rms_norm(residual, x, weight, 1e-5)
     assert torch.allclose(output, reference.add_rms_norm(expected_residual, x, weight, 1e-5), rtol=1e-5, atol=1e-6)
     assert torch.equal(residual, expected_residual)
-    assert torch.allclose(backend.silu_and_mul(gate_up), reference.silu_and_mul(gate_up), rtol=1e-5, atol=1e-6)
+    for activation in ("silu", "gelu_tanh"):
+        expected = reference.activate_and_mul(gate_up, activation)
+        assert torch.allclose(backend.activate_and_mul(gate_up, activation), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("source_form", list(KVFormat))

@@ -116,8 +116,8 @@ def test_silu_and_mul_when_rows_are_any_equals_the_reference(
 ) -> None:
     gate_up = randn(seed, num_tokens, 2 * width, dtype=dtype, scale=scale)
     kept = gate_up.clone()
-    output = cpu_backend.silu_and_mul(gate_up)
-    expected = reference.silu_and_mul(gate_up)
+    output = cpu_backend.activate_and_mul(gate_up, "silu")
+    expected = reference.activate_and_mul(gate_up, "silu")
     # One rounding of the gate is the gate's size times that in its exponential.
     check_close(output, expected, expected.float().abs() * (1 + gate_up[:, :width].float().abs()))
     assert torch.equal(gate_up, kept)
@@ -128,7 +128,7 @@ def test_a_call_shared_by_threads_gives_the_same_bits(torch_threads: SetThreads,
     x, weight = randn(0, 1801, 512, dtype=torch.float32), randn(1, 512, dtype=torch.float32)
 
     def compute() -> torch.Tensor:
-        return cpu_backend.rms_norm(x, weight, 1e-5) if name == "rms_norm" else cpu_backend.silu_and_mul(x)
+        return cpu_backend.rms_norm(x, weight, 1e-5) if name == "rms_norm" else cpu_backend.activate_and_mul(x, "silu")
 
     torch_threads(1)
     alone = compute()
@@ -138,10 +138,10 @@ def test_a_call_shared_by_threads_gives_the_same_bits(torch_threads: SetThreads,
 
 def test_silu_and_mul_when_gates_are_extreme_saturates_and_keeps_nan() -> None:
     gate = torch.tensor([-1e30, -200.0, 200.0, 1e30, float("nan")])
-    output = cpu_backend.silu_and_mul(torch.cat((gate, torch.ones(5)))[None])[0]
+    output = cpu_backend.activate_and_mul(torch.cat((gate, torch.ones(5)))[None], "silu")[0]
     assert output[:4].tolist() == pytest.approx([0.0, 0.0, 200.0, 1e30], rel=1e-6, abs=1e-5)
     assert output[4].isnan()
 
 
 def test_silu_and_mul_when_gate_and_up_differ_takes_the_gate_from_the_first_half() -> None:
-    assert cpu_backend.silu_and_mul(torch.tensor([[0.0, 100.0, 3.0, 4.0]])).tolist() == [[0.0, 400.0]]
+    assert cpu_backend.activate_and_mul(torch.tensor([[0.0, 100.0, 3.0, 4.0]]), "silu").tolist() == [[0.0, 400.0]]

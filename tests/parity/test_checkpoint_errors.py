@@ -293,11 +293,46 @@ def test_config_in_the_names_of_transformers_4_means_the_same() -> None:
             (8, None, None),
         ),
         ("Llama", {"sliding_window": 8}, (None,) * 3),
+        ("Gemma2", {}, (4096, None, 4096)),
+        ("Gemma3", {"num_hidden_layers": 7}, (4096,) * 5 + (None, 4096)),
+        ("Gemma3", {"sliding_window": 8, "sliding_window_pattern": 2}, (8, None, 8)),
+        ("Gemma3", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}, (None, 4096, 4096)),
     ],
 )
 def test_windows_of_layers_follow_the_family(family: str, settings: dict[str, object], windows: tuple[int | None, ...]) -> None:
     raw = {**SIZES, "architectures": [f"{family}ForCausalLM"], "vocab_size": 300, **settings}
     assert parse_model_config(raw, path="config.json").windows == windows
+
+
+def gemma3(**settings: object) -> ModelConfig:
+    return parse_model_config({**SIZES, "architectures": ["Gemma3ForCausalLM"], "vocab_size": 300, **settings}, path="config.json")
+
+
+def test_gemma_3_rotates_windows_by_a_base_of_their_own_however_that_is_written() -> None:
+    scaled = {"rope_type": "linear", "factor": 8.0}
+    by_layer = {"full_attention": {**scaled, "rope_theta": 2e6}, "sliding_attention": {"rope_type": "default", "rope_theta": 3e4}}
+    for config in (
+        gemma3(rope_parameters=by_layer),
+        gemma3(rope_theta=2e6, rope_local_base_freq=3e4, rope_scaling=scaled),
+    ):
+        assert (config.rope.kind, config.rope.theta, config.rope.factor) == ("linear", 2e6, 8.0)
+        assert (config.window_rope.kind, config.window_rope.theta) == ("default", 3e4)
+    assert (gemma3().rope.theta, gemma3().window_rope.theta) == (1e6, 1e4)
+    assert gemma3().rope.kind == "default"
+
+
+def test_gemma_defaults_are_those_of_transformers() -> None:
+    config = gemma3()
+    assert (config.head_dim, config.score_scale, config.tie_embeddings, config.activation) == (256, 1 / 16, True, "gelu_tanh")
+    assert (config.score_softcap, config.logit_softcap, config.qk_norm) == (None, None, True)
+    raw = {**SIZES, "architectures": ["Gemma2ForCausalLM"], "vocab_size": 300}
+    config = parse_model_config(raw, path="config.json")
+    assert (config.score_softcap, config.logit_softcap, config.qk_norm) == (50.0, 30.0, False)
+    assert parse_model_config({**raw, "attn_logit_softcapping": None}, path="config.json").score_softcap is None
+    with pytest.raises(CheckpointError, match=r"final_logit_softcapping: -1\.0 is not positive"):
+        parse_model_config({**raw, "final_logit_softcapping": -1.0}, path="config.json")
+    with pytest.raises(CheckpointError, match="hidden_activation: 'relu' is not supported"):
+        parse_model_config({**raw, "hidden_activation": "relu"}, path="config.json")
 
 
 def write_generation_config(directory: Path, **keys: object) -> ModelConfig:

@@ -30,8 +30,8 @@ def mesh_workload(kind: str, load_workload: Callable[[str], Workload]) -> Worklo
     return load_workload(kind)
 
 
-def open_mesh(checkpoints: Path, **settings: Any) -> Mesh:
-    return Mesh(checkpoints / "llama3", dtype="float32", max_model_len=MAX_MODEL_LEN, kv_memory_bytes=2000 * BLOCK_BYTES, **settings)
+def open_mesh(checkpoints: Path, *, checkpoint: str = "llama3", **settings: Any) -> Mesh:
+    return Mesh(checkpoints / checkpoint, dtype="float32", max_model_len=MAX_MODEL_LEN, kv_memory_bytes=2000 * BLOCK_BYTES, **settings)
 
 
 async def run_all(mesh: Mesh, routers: Sequence[str], requests: Sequence[EngineRequest]) -> dict[str, Reply]:
@@ -101,6 +101,23 @@ def test_tokens_when_prefilled_elsewhere_are_those_of_one_engine(transport: str,
             assert sum(loads[worker].kv_bytes_received for worker in ("d0", "d1")) == blocks * BLOCK_BYTES
             # Decode workers computed no prompt, prefill workers no token after the first.
             assert all(loads[worker].prefill_tokens == 0 for worker in ("d0", "d1"))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("kind", "checkpoint"), [("window", "mistral"), ("gemma", "gemma3")])
+def test_tokens_of_models_with_windows_are_those_of_one_engine(mesh_workload: Workload, checkpoint: str, checkpoints: Path) -> None:
+    """Prefilled elsewhere, and by decode itself."""
+
+    async def main() -> None:
+        async with open_mesh(checkpoints, checkpoint=checkpoint) as mesh:
+            requests = without_eos(mesh_workload)
+            workers = [await mesh.prefill("p0"), await mesh.decode("d0")]
+            remote = await run_all(mesh, [await mesh.router(workers, max_local_tokens=ALWAYS_REMOTE)], requests)
+            local = await run_all(mesh, [await mesh.router([await mesh.decode("d1")])], requests)
+            for replies, prefill in ((remote, "p0"), (local, "")):
+                check(mesh_workload.baseline, replies)
+                assert {reply.timing.prefill_worker_id for reply in replies.values()} == {prefill}
 
     asyncio.run(main())
 

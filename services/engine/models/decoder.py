@@ -1,6 +1,6 @@
-"""The one decoder: Llama 2 and 3.x, Mistral, Qwen2 and Qwen3 are settings of it (model_config says which).
+"""The one decoder: Llama 2 and 3.x, Mistral, Qwen2 and 3, Gemma 2 and 3 are settings of it (model_config says which).
 
-Pre-norm transformer with grouped-query attention, rotary positions and SwiGLU, over a paged KV pool. Knows nothing of scheduling or
+Pre-norm transformer with grouped-query attention, rotary positions and a gated MLP, over a paged KV pool. Knows nothing of scheduling or
 sampling: a StepBatch and a pool go in, logits come out. Source: the modeling files of Hugging Face transformers, to which tests hold it.
 """
 
@@ -17,16 +17,18 @@ from services.engine.weights import WeightReader
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """Weights of one layer; q, k and v are one product, gate and up another."""
+    """Weights of one layer; q, k and v are one product, gate and up another. Output norms are those of some families."""
 
     input_norm: torch.Tensor
     qkv: Linear
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
     output: Linear
-    post_attention_norm: torch.Tensor
+    attention_output_norm: torch.Tensor | None
+    mlp_norm: torch.Tensor
     gate_up: Linear
     down: Linear
+    mlp_output_norm: torch.Tensor | None
 
 
 class Decoder:
@@ -51,10 +53,13 @@ class Decoder:
         self.backend = backend_of(BackendName.CPU) if backend is None else backend
         self.dtype = dtype
         self.kv_format = kv_format
-        self.cos, self.sin = rope_tables(config.rope, config.head_dim, max_model_len)
+        self.rope = rope_tables(config.rope, config.head_dim, max_model_len)
+        self.window_rope = self.rope
+        if config.window_rope != config.rope:
+            self.window_rope = rope_tables(config.window_rope, config.head_dim, max_model_len)
         self.embedding = reader.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.layers = [_read_layer(config, reader, index, dtype) for index in range(config.num_layers)]
-        self.norm = reader.read("model.norm.weight", (config.hidden_size,)).to(dtype)
+        self.norm = _read_norm(config, reader, "model.norm", config.hidden_size, dtype)
         if config.tie_embeddings:
             reader.skip("lm_head.weight")  # some checkpoints store the tied copy as well
             self.lm_head = Linear(self.embedding, dtype=dtype)
@@ -85,16 +90,20 @@ class Decoder:
                 num_heads=config.num_heads,
                 device=pool.device,
                 window=window,
+                plain_scores=config.score_softcap is None,
             )
             for window in set(config.windows)
         }
         positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(batch.slots)
         logit_rows = torch.from_numpy(batch.logit_rows)
         hidden = self.embedding.index_select(0, torch.from_numpy(batch.token_ids)).to(self.dtype)
+        if config.embedding_scale != 1.0:
+            hidden *= config.embedding_scale
         normed = backend.rms_norm(hidden, self.layers[0].input_norm, config.rms_norm_eps)
         norms_after = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         for index, layer in enumerate(self.layers):
-            heads = layer.qkv(normed).view(len(hidden), -1, config.head_dim)
+            heads, window = layer.qkv(normed).view(len(hidden), -1, config.head_dim), config.windows[index]
+            cos, sin = self.rope if window is None else self.window_rope
             query = backend.rope_and_write_kv(
                 heads,
                 pool,
@@ -102,22 +111,37 @@ class Decoder:
                 index,
                 positions=positions,
                 slots=slots,
-                cos=self.cos,
-                sin=self.sin,
+                cos=cos,
+                sin=sin,
                 query_norm=layer.query_norm,
                 key_norm=layer.key_norm,
                 eps=config.rms_norm_eps,
             )
             if index == config.num_layers - 1 and not len(logit_rows):
                 return torch.empty(0, config.vocab_size)
-            attended = backend.paged_attention(query, pool, index, plans[config.windows[index]], scale=config.head_dim**-0.5).flatten(1)
+            attended = backend.paged_attention(
+                query, pool, index, plans[window], scale=config.score_scale, softcap=config.score_softcap
+            ).flatten(1)
             if index == config.num_layers - 1:
                 # Past the last layer's attention, only the rows that will be sampled matter.
                 attended, hidden = attended.index_select(0, logit_rows), hidden.index_select(0, logit_rows)
-            normed = backend.add_rms_norm(hidden, layer.output(attended), layer.post_attention_norm, config.rms_norm_eps)
-            delta = layer.down(backend.silu_and_mul(layer.gate_up(normed)))
+            delta = layer.output(attended)
+            if layer.attention_output_norm is not None:
+                delta = backend.rms_norm(delta, layer.attention_output_norm, config.rms_norm_eps)
+            normed = backend.add_rms_norm(hidden, delta, layer.mlp_norm, config.rms_norm_eps)
+            delta = layer.down(backend.activate_and_mul(layer.gate_up(normed), config.activation))
+            if layer.mlp_output_norm is not None:
+                delta = backend.rms_norm(delta, layer.mlp_output_norm, config.rms_norm_eps)
             normed = backend.add_rms_norm(hidden, delta, norms_after[index], config.rms_norm_eps)
-        return self.lm_head(normed).float()
+        logits: torch.Tensor = self.lm_head(normed).float()
+        if config.logit_softcap is not None:
+            logits = logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
+        return logits
+
+
+def _read_norm(config: ModelConfig, reader: WeightReader, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+    weight = reader.read(f"{name}.weight", (size,))
+    return (weight.float() + config.norm_offset).to(dtype) if config.norm_offset else weight.to(dtype)
 
 
 def _read_layer(config: ModelConfig, reader: WeightReader, index: int, dtype: torch.dtype) -> Layer:
@@ -132,7 +156,10 @@ def _read_layer(config: ModelConfig, reader: WeightReader, index: int, dtype: to
         return Linear(torch.cat(weights), torch.cat(biases) if bias else None, dtype=dtype)
 
     def norm(name: str, size: int) -> torch.Tensor:
-        return reader.read(f"{prefix}.{name}.weight", (size,)).to(dtype)
+        return _read_norm(config, reader, f"{prefix}.{name}", size, dtype)
+
+    # The same name is that of the norm before the MLP where there are no output norms, and of attention's output norm where there are.
+    after_attention = norm("post_attention_layernorm", hidden_size)
 
     return Layer(
         input_norm=norm("input_layernorm", hidden_size),
@@ -140,9 +167,11 @@ def _read_layer(config: ModelConfig, reader: WeightReader, index: int, dtype: to
         query_norm=norm("self_attn.q_norm", head_dim) if config.qk_norm else None,
         key_norm=norm("self_attn.k_norm", head_dim) if config.qk_norm else None,
         output=linear("self_attn", {"o_proj": hidden_size}, query_size, bias=config.output_bias),
-        post_attention_norm=norm("post_attention_layernorm", hidden_size),
+        attention_output_norm=after_attention if config.has_output_norms else None,
+        mlp_norm=norm("pre_feedforward_layernorm", hidden_size) if config.has_output_norms else after_attention,
         gate_up=linear(
             "mlp", {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}, hidden_size, bias=config.mlp_bias
         ),
         down=linear("mlp", {"down_proj": hidden_size}, config.intermediate_size, bias=config.mlp_bias),
+        mlp_output_norm=norm("post_feedforward_layernorm", hidden_size) if config.has_output_norms else None,
     )
