@@ -37,7 +37,7 @@ def load_model(
     """Loads a checkpoint.
 
     allocate_kv   makes the KV pool's memory from (number of blocks, bytes of each): zeroed, writable, block after block. None: torch does
-    backend       what computes the tensor functions; None: what is fastest here
+    backend       what computes the tensor functions; None: the CPU's, the only one that all of the engine runs on so far
     Raises CheckpointError for what is wrong with the checkpoint and InvalidRequest for settings that do not fit it.
     """
     settings.validate()

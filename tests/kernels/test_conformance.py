@@ -261,7 +261,12 @@ def test_quantized_cells_are_the_specification_s_bit_for_bit(backend: Backend, f
     magnitudes = torch.logspace(-9, 4, 60)[:, None, None]
     qkv = torch.randn(60, 6, 32, generator=torch.Generator().manual_seed(2)) * magnitudes
     qkv[7], qkv[8, :, 5:] = 0.0, 0.0
-    qkv[9] = torch.arange(32.0) - 15.5  # ties
+    # Ties, with scales of exactly one: between two fp8 numbers at several magnitudes, and between whole ones.
+    qkv[9] = torch.cat(
+        (torch.tensor([448.0]), torch.arange(17.0, 32.0, 2.0), torch.arange(-34.0, -64.0, -4.0), torch.arange(15.0) * 2.0**-10)
+    )
+    qkv[10] = torch.cat((torch.tensor([127.0]), torch.arange(31.0) - 15.5))
+    qkv[11] = torch.cat((torch.tensor([7.0]), torch.arange(31.0) % 13 - 6.5))
     expected_pool, pool = layout.allocate(4, CPU), layout.allocate(4, CPU)
     arguments: dict[str, Any] = {
         "positions": torch.zeros(60, dtype=torch.int64),
