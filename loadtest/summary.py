@@ -36,7 +36,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     residual_ms, residual_within                      client's end-to-end time − the sum of stages; the share within 1 % or 2 ms
     prefix_reuse, decode_reuse, reuse                 prompt tokens from caches of prefill, of decode, of any ÷ all; None: not told
     reuse_request_mean                                mean of each request's own ratio
-    kv_bytes, kv_bytes_expected                       moved; by the blocks of the prompts that were computed elsewhere
+    kv_bytes, kv_bytes_expected                       moved; by the blocks of the prompts that were computed elsewhere, if every
+                                                      layer keeps all tokens (of layers with windows less moves)
     tokens_per_worker_s                               output tokens ÷ (workers × span)
     tenants, jain                                     empty and None where requests have no tenants
     """

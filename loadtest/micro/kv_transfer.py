@@ -25,6 +25,7 @@ from loadtest.micro.figure import Figure
 from loadtest.micro.kv_transfer_sender import LAYOUT
 from loadtest.micro.processes import START_TIMEOUT_S
 from protos.baton.v1 import prefill_pb2, prefill_pb2_grpc
+from services.mesh import convert
 from services.mesh.child_process import bound_to_parent
 from services.mesh.kv_transport import KVMemory, KVReceiver
 
@@ -75,7 +76,7 @@ def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
 def _measure_block_size(block_bytes: int, runs: int) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {}
     num_blocks = POOL_BYTES // block_bytes
-    with KVMemory(num_blocks, block_bytes) as memory, _sender_process(num_blocks, block_bytes) as sender:
+    with KVMemory([(num_blocks, block_bytes)]) as memory, _sender_process(num_blocks, block_bytes) as sender:
         asyncio.run(_Bench(memory, sender).measure(runs, rates))
     return rates
 
@@ -211,12 +212,12 @@ class _Bench:
         return POOL_BYTES / self._sender.wait_done()
 
     async def _grpc(self, receiver: KVReceiver, stub: Any) -> float:
-        num_blocks = GRPC_BYTES // self._memory.block_bytes
+        num_blocks = GRPC_BYTES // self._memory.map.regions[0].block_bytes
         transfer = receiver.grant(self._shuffled()[:num_blocks])
         grant = prefill_pb2.KVGrant(
             transfer_id=transfer.transfer_id,
             block_ids=np.array(transfer.block_ids, "<u4").tobytes(),
-            endpoint=prefill_pb2.KVEndpoint(**dataclasses.asdict(receiver.endpoint)),
+            endpoint=convert.endpoint_to_proto(receiver.endpoint),
         )
         started = time.perf_counter()
         async for event in stub.Prefill(prefill_pb2.PrefillRequest(grant=grant)):

@@ -16,7 +16,8 @@ import grpc
 import numpy as np
 
 from protos.baton.v1 import prefill_pb2, prefill_pb2_grpc
-from services.mesh.kv_transport import KVEndpoint, KVMemory, KVSender
+from services.mesh import convert
+from services.mesh.kv_transport import KVEndpoint, KVMemory, KVRegion, KVSender
 from services.mesh.kv_wire import block_checksum
 
 LAYOUT = b"benchmark"
@@ -27,9 +28,9 @@ def main(num_blocks: int, block_bytes: int) -> None:
 
 
 async def _serve(num_blocks: int, block_bytes: int) -> None:
-    with KVMemory(num_blocks, block_bytes) as memory, KVMemory(num_blocks, block_bytes) as other:
-        memory.blocks[:] = np.frombuffer(random.Random(0).randbytes(block_bytes), np.uint8)
-        memory.blocks[:, 0] = np.arange(num_blocks) % 251
+    with KVMemory([(num_blocks, block_bytes)]) as memory, KVMemory([(num_blocks, block_bytes)]) as other:
+        memory.blocks[0][:] = np.frombuffer(random.Random(0).randbytes(block_bytes), np.uint8)
+        memory.blocks[0][:, 0] = np.arange(num_blocks) % 251
         async with (
             KVSender(memory, layout_fingerprint=LAYOUT, checksum=True) as checking,
             KVSender(memory, layout_fingerprint=LAYOUT, checksum=False) as trusting,
@@ -51,7 +52,9 @@ async def _serve(num_blocks: int, block_bytes: int) -> None:
 
 
 async def _push(sender: KVSender, command: dict[str, Any]) -> None:
-    endpoint = KVEndpoint(**command["endpoint"] | {"access_key": bytes.fromhex(command["endpoint"]["access_key"])})
+    told = command["endpoint"]
+    regions = tuple(KVRegion(*region) for region in told["regions"])
+    endpoint = KVEndpoint(**told | {"access_key": bytes.fromhex(told["access_key"]), "regions": regions})
     transfer = await sender.open(bytes.fromhex(command["transfer_id"]), endpoint, command["block_ids"])
 
     _answer({})
@@ -79,10 +82,10 @@ def _reference(name: str, memory: KVMemory, other: KVMemory) -> None:
     sys.stdin.readline()
     started = time.perf_counter()
     if name == "memcpy":
-        np.copyto(other.blocks, memory.blocks)
+        np.copyto(other.blocks[0], memory.blocks[0])
     elif name == "memcpy by block":
         for block_id in range(memory.num_blocks):
-            np.copyto(other.blocks[block_id], memory.blocks[block_id])
+            np.copyto(other.blocks[0][block_id], memory.blocks[0][block_id])
     else:
         for block_id in range(memory.num_blocks):
             block_checksum(memory.block(block_id))
@@ -98,15 +101,7 @@ class _InlineServicer(prefill_pb2_grpc.PrefillServiceServicer):
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Any) -> AsyncIterator[prefill_pb2.PrefillEvent]:  # noqa: N802
         grant, target = request.grant, request.grant.endpoint
-        endpoint = KVEndpoint(
-            host_id=target.host_id,
-            shm_address=target.shm_address,
-            tcp_address=target.tcp_address,
-            grpc=target.grpc,
-            access_key=target.access_key,
-            pool_bytes=target.pool_bytes,
-            block_bytes=target.block_bytes,
-        )
+        endpoint = convert.endpoint_from_proto(target)
         block_ids = np.frombuffer(grant.block_ids, "<u4").tolist()
         transfer = await self._sender.open(grant.transfer_id, endpoint, block_ids)
         for index in range(len(block_ids)):

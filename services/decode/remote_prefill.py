@@ -74,7 +74,7 @@ class PrefillClient:
         first_block: int,
         ready_at: float,
     ) -> PrefillOutcome:
-        """Has the prompt of `start` computed; block i of it goes to block_ids[i - first_block].
+        """Has the prompt of `start` computed; its places from `first_block` on (KVGroups.places) go to block_ids.
 
         ready_at   time.perf_counter() since when it could be asked: the way there counts from then
 

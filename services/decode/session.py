@@ -268,16 +268,16 @@ class RouterSession:
 
     async def _prefill_elsewhere(self, request: RunningRequest, reserved: Reserved) -> None:
         """Tries the candidates in order; what none of them could do is computed here. Cancelled, it leaves nobody who may still write."""
-        engine, block_size = self._worker.engine, self._worker.block_size
-        first_block = reserved.num_cached_tokens // block_size
+        engine, groups = self._worker.engine, self._worker.groups
+        first_block = reserved.num_cached_tokens // groups.block_size
         for attempt, candidate in enumerate(request.start.candidates, start=1):
-            if first_block == len(reserved.block_ids):
+            places = groups.places(request.num_tokens, first_block)
+            if not places:
                 break  # all blocks came, and no first token
+            block_ids = reserved.block_ids[len(reserved.block_ids) - len(places) :]
             request.prefilled.prefill_attempts = attempt
             try:
-                outcome = await self._prefill.run(
-                    request.start, candidate, reserved.block_ids[first_block:], first_block=first_block, ready_at=request.ready_at
-                )
+                outcome = await self._prefill.run(request.start, candidate, block_ids, first_block=first_block, ready_at=request.ready_at)
             except PrefillFailed as failure:
                 request.note_failed_prefill()
                 cause = failure.__cause__
@@ -290,7 +290,8 @@ class RouterSession:
                     return
                 if is_cancelled:
                     raise asyncio.CancelledError from failure
-                first_block += failure.num_landed
+                missing = places[failure.num_landed :]
+                first_block = missing[0].block if missing else groups.num_blocks(request.num_tokens)
                 # Also one that calls the request invalid: the engine here, which would decode it, has found it valid.
                 if not isinstance(cause, BatonError):
                     request.prefilling = None
@@ -310,7 +311,7 @@ class RouterSession:
             self._frame.add_prefilled(request.prefilled)  # before the tokens, which the engine tells later
             return
         request.prefilling = None
-        engine.compute_here(request.engine_id, num_landed_tokens=first_block * block_size)
+        engine.compute_here(request.engine_id, num_landed_tokens=first_block * groups.block_size)
 
     def _quarantine(self, request: RunningRequest, transfer: IncomingTransfer, *, abort: bool) -> None:
         """Takes the blocks that a silent peer may still write into out of circulation, until it is fenced."""

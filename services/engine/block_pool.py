@@ -64,12 +64,16 @@ class BlockPool:
             blocks.append(block_id)
         return blocks
 
+    def find(self, block_hash: bytes) -> int | None:
+        """The block that holds this content; it is not taken yet."""
+        return self._block_of.get(block_hash)
+
     def can_allocate(self, num_blocks: int, *, shared: Sequence[int] = ()) -> bool:
         """Whether allocate(num_blocks) would succeed after share(shared), which takes cached blocks out of reach."""
         return num_blocks <= self.num_available - sum(1 for block_id in shared if block_id in self._cached)
 
     def share(self, block_ids: Sequence[int]) -> None:
-        """One more holder for blocks found by match_prefix."""
+        """One more holder for blocks found by match_prefix or find."""
         for block_id in block_ids:
             assert self._hash_of[block_id] is not None
             if not self._holders[block_id]:

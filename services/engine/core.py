@@ -14,7 +14,8 @@ from services.core.noise import draw_seed
 from services.core.prefix_hash import KEY_BYTES, prefix_key
 from services.core.types import FinishReason, PrefillTiming, SampledToken, SamplingParams, TokenEvent, TokenLogprobs, check_token_id
 from services.engine.block_pool import BlockPool
-from services.engine.events import Event, PrefillProgress, Reserved
+from services.engine.events import NO_BLOCK, Event, PrefillProgress, Reserved
+from services.engine.kv_cache import KVCache
 from services.engine.model_runner import ModelRunner
 from services.engine.pacing import ChunkPacer
 from services.engine.scheduler import ScheduledChunk, Scheduler
@@ -26,7 +27,10 @@ from services.engine.timing import PrefillWatch
 
 
 class EngineCore:
-    """One model, one pool, one scheduler. Not thread-safe: one thread calls it."""
+    """One model, its pools, one scheduler. Not thread-safe: one thread calls it.
+
+    Outside, a block is one number: those of the first KV group's pool come first, then those of the second's.
+    """
 
     def __init__(
         self,
@@ -42,18 +46,19 @@ class EngineCore:
         self._clock = clock
         self.vocab_size = runner.decoder.config.vocab_size
         self.block_size = settings.block_size
-        self.block_bytes = runner.layout.block_bytes
-        self.num_blocks = runner.num_blocks
+        self.block_bytes = sum(layout.block_bytes for layout in runner.layouts)
+        self.groups = runner.groups
         self.model_fingerprint = model_fingerprint
-        self.layout_fingerprint = runner.layout.fingerprint(model_fingerprint)
+        self.layout_fingerprint = runner.layout_fingerprint(model_fingerprint)
         # Some checkpoints name ids that they cannot produce.
         self._eos_token_ids = frozenset(token_id for token_id in eos_token_ids if 0 <= token_id < self.vocab_size)
-        self.pool = BlockPool(runner.num_blocks)
+        self.pools = [BlockPool(num_blocks) for num_blocks in runner.num_blocks]
+        # The first number of each pool's blocks.
+        self._first_ids = [sum(runner.num_blocks[:group]) for group in range(len(self.pools))]
         self.max_model_len = max_model_len
         self.prefix_key = prefix_key(model_fingerprint=model_fingerprint)
         self.scheduler = Scheduler(
-            self.pool,
-            block_size=settings.block_size,
+            KVCache(self.pools, runner.groups, chunk_tokens=settings.prefill_chunk_tokens),
             max_num_seqs=settings.max_num_seqs,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
         )
@@ -61,6 +66,11 @@ class EngineCore:
         self._arrivals = 0
         self._steps = self._prefill_tokens = self._decode_tokens = self._partial_prefills = self._largest_batch = 0
         self._step_s = 0.0
+
+    @property
+    def pool(self) -> BlockPool:
+        """Of the first KV group: of the layers that keep all tokens, if there are any. The prefix index hears of its blocks."""
+        return self.pools[0]
 
     @property
     def has_work(self) -> bool:
@@ -186,7 +196,9 @@ class EngineCore:
 
     def lift_quarantine(self, block_ids: Tokens[int]) -> None:
         """Nobody writes into these blocks any more."""
-        self.pool.lift_quarantine(block_ids)
+        for group, pool in enumerate(self.pools):
+            own = range(self._first_ids[group], self._first_ids[group] + pool.num_blocks)
+            pool.lift_quarantine([block_id - own.start for block_id in block_ids if block_id in own])
 
     def step(self, announce: Callable[[list[Event]], None] | None = None) -> list[Event]:
         """Computes one step; call only when has_work.
@@ -231,9 +243,9 @@ class EngineCore:
 
         Whatever is compiled or allocated by a first call is so before the first request.
         """
-        assert self.pool.num_free == self.pool.num_blocks
-        num_tokens = min(self.block_size, self.max_model_len)
-        prompt, token = trial_batch(np.arange(num_tokens)), trial_batch(np.arange(num_tokens - 1, num_tokens))
+        assert all(pool.num_free == pool.num_blocks for pool in self.pools)
+        num_tokens, num_groups = min(self.block_size, self.max_model_len), len(self.pools)
+        prompt, token = trial_batch(np.arange(num_tokens), num_groups), trial_batch(np.arange(num_tokens - 1, num_tokens), num_groups)
         for batch in (prompt, token):
             self._runner.execute(batch, [])
         started = self._clock()
@@ -248,17 +260,17 @@ class EngineCore:
             num_reserved=len(self.scheduler.reserved),
             num_held=len(self.scheduler.held),
             uncomputed_prompt_tokens=self.scheduler.num_uncomputed_prompt_tokens,
-            blocks_total=self.pool.num_blocks,
-            blocks_free=self.pool.num_free,
-            blocks_cached=self.pool.num_cached,
-            blocks_owned=self.pool.num_owned,
-            blocks_quarantined=self.pool.num_quarantined,
+            blocks_total=sum(pool.num_blocks for pool in self.pools),
+            blocks_free=sum(pool.num_free for pool in self.pools),
+            blocks_cached=sum(pool.num_cached for pool in self.pools),
+            blocks_owned=sum(pool.num_owned for pool in self.pools),
+            blocks_quarantined=sum(pool.num_quarantined for pool in self.pools),
             steps=self._steps,
             prefill_tokens=self._prefill_tokens,
             decode_tokens=self._decode_tokens,
             cached_tokens=self.scheduler.num_cached_tokens,
             preemptions=self.scheduler.num_preemptions,
-            evictions=self.pool.num_evictions,
+            evictions=sum(pool.num_evictions for pool in self.pools),
             partial_prefills=self._partial_prefills,
             largest_batch=self._largest_batch,
             step_s=self._step_s,
@@ -281,7 +293,7 @@ class EngineCore:
                 events.append(
                     Reserved(
                         request_id=sequence.request_id,
-                        block_ids=tuple(sequence.block_ids),
+                        block_ids=self._block_ids(sequence),
                         num_cached_tokens=sequence.num_computed,
                         queue_s=now - sequence.watch.queued_at,
                         reserved_at=now,
@@ -290,6 +302,16 @@ class EngineCore:
             elif sequence.purpose is Purpose.PREFILL and sequence.num_computed:
                 events.append(self._progress(sequence, None))
         return events
+
+    def _block_ids(self, sequence: Sequence) -> tuple[int, ...]:
+        """The blocks in the places of a sequence (KVGroups.places of all its tokens)."""
+        tables, first_ids = sequence.tables, self._first_ids
+        if len(tables) == 1 and self.groups.windows[0] is None:
+            return tuple(tables[0].block_ids)
+        return tuple(
+            tables[group].block_ids[block - tables[group].first] + first_ids[group] if block < tables[group].end else NO_BLOCK
+            for group, block in self.groups.places(len(sequence.tokens))
+        )
 
     def _watch(self, chunks: list[ScheduledChunk], started_at: float, model_s: float) -> None:
         """Adds the step to the timing of the prompts that it computed a part of."""
@@ -316,7 +338,7 @@ class EngineCore:
         return PrefillProgress(
             request_id=sequence.request_id,
             num_computed_tokens=sequence.num_computed,
-            block_ids=tuple(sequence.block_ids),
+            block_ids=self._block_ids(sequence),
             cached_tokens=sequence.cached_tokens or 0,
             first_tokens=None if first_tokens is None else tuple(first_tokens),
             timing=timing,

@@ -166,7 +166,9 @@ class Engine:
         if opened is None:
             return ()
         reserved = self._take_reserved(opened)
-        block_ids = reserved.block_ids[reserved.num_cached_tokens // self._core.block_size :]
+        first_block = reserved.num_cached_tokens // self._core.block_size
+        places = self._core.groups.places(opened.request.num_tokens)
+        block_ids = tuple(block_id for block_id, place in zip(reserved.block_ids, places, strict=True) if place.block >= first_block)
         self._quarantined.update(block_ids)
         self._inbox.put(lambda: self._core.quarantine(request_id))
         if abort:

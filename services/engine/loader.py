@@ -1,15 +1,16 @@
 """From a checkpoint directory to an engine that can run: the one place where all the engine's parts are put together."""
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from kernels import Backend, KVFormat
+from kernels import Backend, KVFormat, KVLayout
 from services.core.errors import CheckpointError, InvalidRequest
 from services.engine.core import EngineCore
+from services.engine.kv_groups import KVGroups
 from services.engine.model_config import GenerationDefaults, ModelConfig, load_generation_defaults, load_model_config
 from services.engine.model_runner import ModelRunner
 from services.engine.models.decoder import Decoder
@@ -31,12 +32,13 @@ def load_model(
     directory: Path,
     settings: EngineSettings,
     *,
-    allocate_kv: Callable[[int, int], memoryview | mmap.mmap | bytearray] | None = None,
+    allocate_kv: Callable[[Sequence[tuple[int, int]]], memoryview | mmap.mmap | bytearray] | None = None,
     backend: Backend | None = None,
 ) -> LoadedModel:
     """Loads a checkpoint.
 
-    allocate_kv   makes the KV pool's memory from (number of blocks, bytes of each): zeroed, writable, block after block. None: torch does
+    allocate_kv   makes the KV pools' memory from (number of blocks, bytes of each) of one pool after another: zeroed, writable, block after
+                  block. None: torch does
     backend       what computes the tensor functions; None: the CPU's, the only one that all of the engine runs on so far
     Raises CheckpointError for what is wrong with the checkpoint and InvalidRequest for settings that do not fit it.
     """
@@ -57,24 +59,56 @@ def load_model(
     if kv_format is KVFormat.INT4 and config.head_dim % 4:
         raise InvalidRequest("kv_dtype", f"int4 needs heads whose size 4 divides; the checkpoint's is {config.head_dim}")
     decoder = Decoder(config, reader, dtype=dtype, max_model_len=max_model_len, kv_format=kv_format, backend=backend)
-    block_bytes = decoder.kv_layout(settings.block_size).block_bytes
-    # More blocks than all sequences at full length could fill would never be used, except as prefix cache: twice that is plenty.
-    most_blocks = 2 * settings.max_num_seqs * -(-max_model_len // settings.block_size)
-    num_blocks = min(settings.kv_memory_bytes // block_bytes, most_blocks)
-    if num_blocks < 1:
-        raise InvalidRequest("kv_memory_bytes", f"{settings.kv_memory_bytes} is less than one block", limit=block_bytes)
-    kv_buffer = memoryview(allocate_kv(num_blocks, block_bytes)) if allocate_kv else None
+    num_blocks = share_kv_memory(config.group_windows, decoder.kv_layouts(settings.block_size), settings, max_model_len=max_model_len)
+    kv_buffer = None
+    if allocate_kv:
+        sizes = [layout.block_bytes for layout in decoder.kv_layouts(settings.block_size)]
+        kv_buffer = memoryview(allocate_kv(list(zip(num_blocks, sizes, strict=True))))
     runner = ModelRunner(decoder, block_size=settings.block_size, num_blocks=num_blocks, kv_buffer=kv_buffer)
     core = EngineCore(
         runner,
         settings,
         model_fingerprint=reader.fingerprint(),
         eos_token_ids=generation.eos_token_ids,
-        # A sequence that fills the whole pool can still run, alone; a longer one never could.
-        max_model_len=min(max_model_len, num_blocks * settings.block_size),
+        # A sequence that fills the whole pool can still run, alone; a longer one never could. Groups with windows have room for any.
+        max_model_len=max_model_len if config.group_windows[0] else min(max_model_len, num_blocks[0] * settings.block_size),
     )
     core.calibrate()
     return LoadedModel(core=core, config=config, generation=generation, dtype=dtype)
+
+
+def share_kv_memory(
+    windows: tuple[int | None, ...], layouts: Sequence[KVLayout], settings: EngineSettings, *, max_model_len: int
+) -> list[int]:
+    """How many blocks each KV group's pool has, within settings.kv_memory_bytes.
+
+    More blocks than twice what all sequences of a batch could fill at full length would never be used: the second half is prefix cache.
+    Where the memory is less than that, groups with windows get what a batch can fill, but no more than half of it all: a sequence has a
+    bounded number of blocks there, and any number in the group that keeps all tokens, which gets the rest.
+    Raises InvalidRequest when a single sequence would not find room.
+    """
+    groups = KVGroups(windows, settings.block_size)
+    longest = groups.num_blocks(max_model_len)
+    # What one sequence can fill; the least with which one can run.
+    chunk = min(settings.prefill_chunk_tokens, max_model_len)
+    most = [min(longest, groups.most_blocks(group, chunk) or longest) for group in range(len(layouts))]
+    least = [1 if window is None else number for window, number in zip(groups.windows, most, strict=True)]
+    sizes = [layout.block_bytes for layout in layouts]
+    left = settings.kv_memory_bytes - sum(size * number for size, number in zip(sizes, least, strict=True))
+    if left < 0:
+        needed = settings.kv_memory_bytes - left
+        raise InvalidRequest("kv_memory_bytes", f"{settings.kv_memory_bytes} is less than one sequence needs", limit=needed)
+    num_blocks = list(least)
+    # In rounds: a batch's windows, then all tokens with their prefix cache, then the windows' prefix cache.
+    for batches, has_window, part in ((1, True, 0.5), (2, False, 1.0), (2, True, 1.0)):
+        for group, window in enumerate(groups.windows):
+            if (window is not None) is has_window:
+                wanted = batches * settings.max_num_seqs * most[group] - num_blocks[group]
+                share = left if len(layouts) == 1 else int(left * part)
+                taken = max(0, min(wanted, share // sizes[group]))
+                num_blocks[group] += taken
+                left -= taken * sizes[group]
+    return num_blocks
 
 
 def choose_dtype(requested: str) -> torch.dtype:

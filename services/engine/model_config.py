@@ -83,6 +83,11 @@ class ModelConfig:
     dtype: str
     eos_token_ids: tuple[int, ...]
 
+    @property
+    def group_windows(self) -> tuple[int | None, ...]:
+        """Of the KV groups: layers with the same window keep the same tokens; those that keep all of them come first."""
+        return tuple(sorted(set(self.windows), key=lambda window: (window is not None, window)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:

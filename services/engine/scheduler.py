@@ -23,7 +23,7 @@ Knows nothing of tensors or time. Source: iteration-level scheduling (Orca, Yu e
 import bisect
 from dataclasses import dataclass
 
-from services.engine.block_pool import BlockPool
+from services.engine.kv_cache import KVCache
 from services.engine.sequence import Purpose, Sequence
 
 # Of a step: each has a row of logits, 128,000 fp32 numbers with the larger vocabularies.
@@ -39,11 +39,10 @@ class ScheduledChunk:
 
 
 class Scheduler:
-    """Owns the queue and the block tables of all sequences; one thread calls it, between engine steps."""
+    """Owns the queue; one thread calls it, between engine steps."""
 
-    def __init__(self, pool: BlockPool, *, block_size: int, max_num_seqs: int, prefill_chunk_tokens: int) -> None:
-        self.pool = pool
-        self.block_size = block_size
+    def __init__(self, cache: KVCache, *, max_num_seqs: int, prefill_chunk_tokens: int) -> None:
+        self.cache = cache
         self.max_num_seqs = max_num_seqs
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.waiting: list[Sequence] = []  # both lists are sorted by `order`
@@ -57,7 +56,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether schedule() would do anything. If not, and somebody waits, only another call can change that."""
-        return bool(self.running) or (bool(self.waiting) and self._has_place and self._find_blocks(self.waiting[0]) is not None)
+        return bool(self.running) or (bool(self.waiting) and self._has_place and self.cache.find(self.waiting[0]) is not None)
 
     @property
     def num_uncomputed_prompt_tokens(self) -> int:
@@ -85,7 +84,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             del (self.reserved if sequence.request_id in self.reserved else self.held)[sequence.request_id]
-        self._release_blocks(sequence)
+        self.cache.release(sequence)
 
     def hold(self, sequence: Sequence) -> None:
         """Stops computing a sequence whose blocks others still read."""
@@ -93,19 +92,25 @@ class Scheduler:
         self.held[sequence.request_id] = sequence
 
     def start(self, request_id: str, num_landed_tokens: int) -> Sequence:
-        """A reserved sequence joins those that are computed here; its first tokens, cached ones included, have landed."""
+        """A reserved sequence joins those that are computed here; its first tokens, cached ones included, have landed.
+
+        If the window before the next token has not, it waits again, to be computed from what is cached.
+        """
         sequence = self.reserved.pop(request_id)
         sequence.purpose = Purpose.GENERATE
-        self._advance(sequence, max(num_landed_tokens, sequence.num_computed))
-        bisect.insort(self.running, sequence, key=_order)
+        num_computed = max(num_landed_tokens, sequence.num_computed)
+        if self.cache.can_go_on(sequence, num_computed):
+            self.cache.computed(sequence, num_computed)
+            bisect.insort(self.running, sequence, key=_order)
+        else:
+            self.cache.release(sequence)
+            self.add(sequence)
         return sequence
 
     def quarantine(self, request_id: str) -> Sequence:
         """Takes a reserved sequence's blocks away, into quarantine where a peer may still write; it waits again, to be computed here."""
         sequence = self.reserved.pop(request_id)
-        self.pool.quarantine(sequence.block_ids[sequence.num_sealed :])
-        del sequence.block_ids[sequence.num_sealed :]
-        self._release_blocks(sequence)
+        self.cache.quarantine(sequence)
         sequence.purpose = Purpose.GENERATE
         self.add(sequence)
         return sequence
@@ -118,7 +123,7 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence not in self.running or sequence.num_uncomputed != 1:
                 continue  # preempted by an older one just now, or still in its prompt
-            while not self._has_room(sequence):
+            while not self.cache.make_room(sequence):
                 # `sequence` itself if there is no younger one; one that computes a prefill for others has all its blocks.
                 victim = next(other for other in reversed(self.running) if other.purpose is Purpose.GENERATE)
                 self._preempt(victim)
@@ -144,48 +149,19 @@ class Scheduler:
         return decodes + sorted(prefills, key=lambda chunk: chunk.num_tokens > 1)
 
     def computed(self, chunk: ScheduledChunk) -> None:
-        """The chunk's keys and values are in the pool: publishes the blocks it filled."""
-        self._advance(chunk.sequence, chunk.sequence.num_computed + chunk.num_tokens)
-
-    def _advance(self, sequence: Sequence, num_computed: int) -> None:
-        sequence.num_computed = num_computed
-        num_full = sequence.num_computed // self.block_size
-        if num_full > sequence.num_sealed:
-            hashes = sequence.hash_full_blocks(self.block_size)
-            for index in range(sequence.num_sealed, num_full):
-                self.pool.seal(sequence.block_ids[index], hashes[index])
-            sequence.num_sealed = num_full
-
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Takes the block that the sequence's newest token needs, if it needs one and there is one."""
-        missing = self._num_blocks(len(sequence.tokens)) - len(sequence.block_ids)
-        if missing and not self.pool.can_allocate(missing):
-            return False
-        sequence.block_ids.extend(self.pool.allocate(missing))
-        return True
+        """The chunk's keys and values are in the pools: publishes the blocks it filled."""
+        self.cache.computed(chunk.sequence, chunk.sequence.num_computed + chunk.num_tokens)
 
     @property
     def _has_place(self) -> bool:
         return len(self.running) + len(self.reserved) < self.max_num_seqs
 
-    def _find_blocks(self, sequence: Sequence) -> tuple[list[int], int] | None:
-        """The cached blocks of a waiting sequence's prefix, and how many new ones all its tokens need; None if there is no room."""
-        # At least one token is computed even if all blocks are cached: somebody has to make the logits. All are, where all logits count.
-        usable = 0 if sequence.prompt_logprobs is not None else (len(sequence.tokens) - 1) // self.block_size
-        shared = self.pool.match_prefix(sequence.hash_full_blocks(self.block_size)[:usable])
-        missing = self._num_blocks(len(sequence.tokens)) - len(shared)
-        return (shared, missing) if self.pool.can_allocate(missing, shared=shared) else None
-
     def _admit(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence the cached blocks of its prefix and new ones for all its tokens, or changes nothing."""
-        found = self._find_blocks(sequence)
-        if found is None:
+        finding = self.cache.find(sequence)
+        if finding is None:
             return False
-        shared, missing = found
-        self.pool.share(shared)
-        sequence.block_ids = shared + self.pool.allocate(missing)
-        sequence.num_sealed = len(shared)
-        sequence.num_computed = len(shared) * self.block_size
+        self.cache.admit(sequence, finding)
         self.num_cached_tokens += sequence.num_computed
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.num_computed
@@ -201,17 +177,9 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._release_blocks(sequence)
+        self.cache.release(sequence)
         self.num_preemptions += 1
         self.add(sequence)
-
-    def _release_blocks(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.block_ids)
-        sequence.block_ids = []
-        sequence.num_computed = sequence.num_sealed = 0
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
 
 
 class _Budget:

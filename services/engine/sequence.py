@@ -37,14 +37,28 @@ class EngineRequest:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
 
+@dataclass(slots=True, eq=False)
+class BlockTable:
+    """A sequence's blocks in one KV group, from its block `first` on: earlier ones lie behind the group's window."""
+
+    first: int
+    block_ids: list[int]
+
+    @property
+    def end(self) -> int:
+        """The first block that has no place yet."""
+        return self.first + len(self.block_ids)
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """One choice: its tokens, how many of them have keys and values, and the blocks that hold those.
 
     order           (arrival of the request, choice): who is served first and preempted last
-    tokens          prompt and output; tokens[:num_computed] have K and V in block_ids
+    tokens          prompt and output; tokens[:num_computed] have K and V, as far as later ones see them
+    tables          for each KV group the blocks that hold those; none while it waits
     block_hashes    hashes of the full blocks of `tokens`, as far as they have been needed
-    num_sealed      leading blocks whose content is published in the pool
+    num_sealed      leading blocks whose content is published in the pools
     watch           measures the prefill until the first token; None afterwards, and for further choices
     prompt_logprobs of the prompt's tokens but the first, as far as they have been computed; None: not asked for, or told already
     stop_ids        tokens that end the sequence
@@ -62,7 +76,7 @@ class Sequence:
     prefix_key: bytes
     purpose: Purpose = Purpose.GENERATE
     num_computed: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    tables: list[BlockTable] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_sealed: int = 0
     num_received: int = 0  # output tokens that another engine has made

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Counters since the start and gauges of now; blocks obey free + cached + owned + quarantined == total.
+    """Counters since the start and gauges of now; blocks, of all KV groups together, obey free + cached + owned + quarantined == total.
 
     num_running                computed in each step
     num_reserved               wait for a peer to fill their blocks

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.core.noise import choice_seed
-from services.engine.batch import StepBatch
+from services.engine.batch import GroupBatch, StepBatch
 from services.engine.sampler import SampleRow, ScoreRow
 from services.engine.scheduler import ScheduledChunk
 from services.engine.sequence import Sequence
@@ -19,36 +19,46 @@ from services.engine.sequence import Sequence
 def make_batch(chunks: List[ScheduledChunk], block_size: int) -> StepBatch:
     token_ids: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
     logit_rows: list[int] = []
     for chunk in chunks:
         sequence, start = chunk.sequence, chunk.sequence.num_computed
         end = start + chunk.num_tokens
         token_ids.extend(sequence.tokens[start:end])
         positions.extend(range(start, end))
-        slots.extend(sequence.block_ids[p // block_size] * block_size + p % block_size for p in range(start, end))
         num_rows = _num_logit_rows(chunk)
         logit_rows.extend(range(len(token_ids) - num_rows, len(token_ids)))
     return StepBatch(
         token_ids=np.array(token_ids, dtype=np.int64),
         positions=np.array(positions, dtype=np.int64),
-        slots=np.array(slots, dtype=np.int64),
         query_lens=[chunk.num_tokens for chunk in chunks],
-        context_lens=[chunk.sequence.num_computed + chunk.num_tokens for chunk in chunks],
-        block_tables=[chunk.sequence.block_ids for chunk in chunks],
+        groups=[_group_batch(chunks, group, block_size) for group in range(len(chunks[0].sequence.tables))],
         logit_rows=np.array(logit_rows, dtype=np.int64),
     )
 
 
-def trial_batch(positions: npt.NDArray[np.int64]) -> StepBatch:
-    """The given positions of one sequence that owns block 0."""
+def _group_batch(chunks: List[ScheduledChunk], group: int, block_size: int) -> GroupBatch:
+    slots: list[int] = []
+    block_tables: list[list[int]] = []
+    context_lens: list[int] = []
+    for chunk in chunks:
+        table = chunk.sequence.tables[group]
+        skipped = table.first * block_size
+        start = chunk.sequence.num_computed - skipped
+        end = start + chunk.num_tokens
+        slots.extend(table.block_ids[p // block_size] * block_size + p % block_size for p in range(start, end))
+        block_tables.append(table.block_ids)
+        context_lens.append(end)
+    return GroupBatch(slots=np.array(slots, dtype=np.int64), block_tables=block_tables, context_lens=context_lens)
+
+
+def trial_batch(positions: npt.NDArray[np.int64], num_groups: int) -> StepBatch:
+    """The given positions of one sequence that owns block 0 of each KV group."""
+    group = GroupBatch(slots=positions, block_tables=[[0]], context_lens=[int(positions[-1]) + 1])
     return StepBatch(
         token_ids=np.zeros_like(positions),
         positions=positions,
-        slots=positions,
         query_lens=[len(positions)],
-        context_lens=[int(positions[-1]) + 1],
-        block_tables=[[0]],
+        groups=[group] * num_groups,
         logit_rows=np.empty(0, dtype=np.int64),
     )
 

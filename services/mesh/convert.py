@@ -9,7 +9,7 @@ from protos.baton.v1 import common_pb2, decode_pb2, prefill_pb2
 from services.core.errors import InvalidRequest
 from services.core.prefix_hash import HASH_BYTES, TOKEN_BYTES, pack_tokens
 from services.core.types import MAX_LOGPROBS, FinishReason, SamplingParams, TokenLogprobs, check_counts
-from services.mesh.kv_transport import KVEndpoint
+from services.mesh.kv_transport import KVEndpoint, KVRegion
 
 # Fields whose absence means the checkpoint's default, else that of SamplingParams.
 _OPTIONAL = (
@@ -200,8 +200,7 @@ def endpoint_to_proto(endpoint: KVEndpoint) -> prefill_pb2.KVEndpoint:
         tcp_address=endpoint.tcp_address,
         grpc=endpoint.grpc,
         access_key=endpoint.access_key,
-        pool_bytes=endpoint.pool_bytes,
-        block_bytes=endpoint.block_bytes,
+        regions=[prefill_pb2.KVRegion(num_blocks=region.num_blocks, block_bytes=region.block_bytes) for region in endpoint.regions],
     )
 
 
@@ -212,6 +211,5 @@ def endpoint_from_proto(message: prefill_pb2.KVEndpoint) -> KVEndpoint:
         tcp_address=message.tcp_address,
         grpc=message.grpc,
         access_key=message.access_key,
-        pool_bytes=message.pool_bytes,
-        block_bytes=message.block_bytes,
+        regions=tuple(KVRegion(region.num_blocks, region.block_bytes) for region in message.regions),
     )

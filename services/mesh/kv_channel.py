@@ -126,13 +126,13 @@ class ShmSendingHalf:
             frames.append(_block_frame(transfer_id, block_index, block, checksum=self._checksum))
             data = failpoints.on_wire("kv.shm_block", block)
             # NumPy's copy gives the GIL away like ctypes.memmove, is as fast, and knows where the pools end.
-            np.copyto(self._peer_memory.blocks[target_id][: len(data)], data)
+            np.copyto(self._peer_memory.block(target_id)[: len(data)], data)
         return frames
 
     def warm_up(self) -> Iterable[object]:
         # The kernel maps sixteen pages for a byte that is read, where a first write to each page costs 2 µs: more than to copy it.
-        for start in range(0, self._peer_memory.blocks.size, 1 << 30):
-            yield self._peer_memory.blocks.reshape(-1)[start : start + (1 << 30) : 16 * mmap.PAGESIZE].sum()
+        for start in range(0, len(self._peer_memory.pool), 1 << 30):
+            yield self._peer_memory.pool[start : start + (1 << 30) : 16 * mmap.PAGESIZE].sum()
 
     def close(self) -> None:
         self._peer_memory.close()

@@ -63,7 +63,7 @@ class IncomingTransfer:
         self._writer: Writer | None = None
         self._writing = False  # a thread of ours is inside a block
         self._has_landed = bytearray(len(block_ids))
-        self._num_landed = self._num_leading = 0
+        self._num_landed = self._num_leading = self._bytes_landed = 0
         self._ended, self._closed = asyncio.Event(), asyncio.Event()
 
     # What the owner uses, on the event loop.
@@ -79,7 +79,7 @@ class IncomingTransfer:
 
     @property
     def bytes_landed(self) -> int:
-        return self._num_landed * self._grants.memory.block_bytes
+        return self._bytes_landed
 
     @property
     def is_fenced(self) -> bool:
@@ -129,9 +129,9 @@ class IncomingTransfer:
             if self._phase is Phase.GRANTED:
                 self._phase = Phase.OPEN
         try:
-            if self._writer or len(data) != self._grants.memory.block_bytes:
-                raise ProtocolViolation(f"{len(data)} bytes inside a message, where another transport was agreed or another size is due")
-            target = self.begin_block(index, None)
+            if self._writer:
+                raise ProtocolViolation(f"{len(data)} bytes inside a message, where another transport was agreed")
+            target = self.begin_block(index, None, len(data))
         except ProtocolViolation as violation:
             self.end(PeerUnavailable(f"the KV sender broke the protocol: {violation}"))
             target = None
@@ -158,8 +158,11 @@ class IncomingTransfer:
             self._phase, self._writer = Phase.OPEN, writer
             return True
 
-    def begin_block(self, index: int, writer: Writer | None) -> memoryview | None:
-        """Where block `index` belongs; None: nobody waits for it (any more). end_block() follows. Raises ProtocolViolation."""
+    def begin_block(self, index: int, writer: Writer | None, num_bytes: int) -> memoryview | None:
+        """Where block `index` of so many bytes belongs; None: nobody waits for it (any more). end_block() follows.
+
+        Raises ProtocolViolation.
+        """
         with self._grants.lock:
             if self._phase is not Phase.OPEN or self._writer is not writer:
                 return None
@@ -167,6 +170,8 @@ class IncomingTransfer:
                 raise ProtocolViolation(f"block {index} of a grant of {len(self.block_ids)}")
             if self._has_landed[index]:
                 raise ProtocolViolation(f"block {index} came twice")
+            if num_bytes != (due := self._grants.memory.map.size(self.block_ids[index])):
+                raise ProtocolViolation(f"block {index} has {num_bytes} bytes, not {due}")
             self._writing = True
         return self._grants.memory.block(self.block_ids[index])
 
@@ -195,6 +200,7 @@ class IncomingTransfer:
     def _count_landed(self, index: int) -> None:
         self._has_landed[index] = True
         self._num_landed += 1
+        self._bytes_landed += self._grants.memory.map.size(self.block_ids[index])
         while self._num_leading < len(self.block_ids) and self._has_landed[self._num_leading]:
             self._num_leading += 1
         self._grants.blocks_landed[self._writer.transport if self._writer else "grpc"] += 1
@@ -241,7 +247,7 @@ class Grants:
     def add(self, block_ids: Sequence[int], first_block: int) -> IncomingTransfer:
         """A new grant of blocks that its caller owns, and that no other open grant has."""
         blocks = set(block_ids)
-        assert blocks and len(blocks) == len(block_ids) and min(blocks) >= 0 and max(blocks) < self.memory.num_blocks
+        assert blocks and len(blocks) == len(block_ids) and min(blocks) >= 0 and max(blocks) < self.memory.map.num_blocks
         transfer = IncomingTransfer(self, block_ids, first_block)
         with self.lock:
             assert self._granted_blocks.isdisjoint(blocks), "a block was granted to two transfers"

@@ -117,8 +117,9 @@ class Connection:
         self._ready: deque[StreamedTransfer] = deque()  # those with something pending; each once
         self._num_inside = 0  # lanes that are in any block now
         self._error: BatonError | None = None  # once set, the connection is over
-        self._max_run_blocks = max(1, min(channel.run_bytes // memory.block_bytes, MAX_PACKET_FRAMES))
-        self._min_run_blocks = min(self._max_run_blocks, -(-_MIN_RUN_BYTES // memory.block_bytes))
+        largest = max(region.block_bytes for region in memory.map.regions)
+        self._max_run_blocks = max(1, min(channel.run_bytes // largest, MAX_PACKET_FRAMES))
+        self._min_run_blocks = min(self._max_run_blocks, -(-_MIN_RUN_BYTES // largest))
         kind = channel.transport
         self._lanes = [
             threading.Thread(target=self._run_lane, args=(i == num_lanes - 1,), name=f"kv-send-{kind}-{i}", daemon=True)
@@ -154,7 +155,7 @@ class Connection:
 
     async def send(self, transfer: StreamedTransfer, blocks: Sequence[tuple[int, int]]) -> None:
         for index, block_id in blocks:
-            assert 0 <= index < len(transfer.target_ids) and 0 <= block_id < self._memory.num_blocks
+            assert 0 <= index < len(transfer.target_ids) and 0 <= block_id < self._memory.map.num_blocks
         batch = _Batch(len(blocks), self._loop.create_future())
         with self._changed:
             if transfer.error:

@@ -68,7 +68,7 @@ class KVReceiver:
         assert set(transports) <= set(TRANSPORTS), transports
         self._memory = memory
         self._transports = tuple(transports)
-        self._layout_digest = layout_digest(layout_fingerprint)
+        self._layout_digest = layout_digest(layout_fingerprint, [region.block_bytes for region in memory.map.regions])
         self._host, self._advertised_host, self._tcp_port = host, advertised_host or host, tcp_port
         self._checksum = checksum
         self._max_connections, self._handshake_timeout_s = max_connections, handshake_timeout_s
@@ -97,8 +97,7 @@ class KVReceiver:
             tcp_address=tcp_address,
             grpc="grpc" in self._transports,
             access_key=self._access_key,
-            pool_bytes=self._memory.pool_bytes,
-            block_bytes=self._memory.block_bytes,
+            regions=self._memory.map.regions,
         )
         self._tasks = await asyncio.TaskGroup().__aenter__()
         self._accepting = [self._tasks.create_task(self._accept(listener, transport)) for transport, listener in self._listeners.items()]
@@ -130,7 +129,7 @@ class KVReceiver:
 
     @property
     def blocks_landed(self) -> Mapping[str, int]:
-        """How many by transport, since the start; each has `memory.block_bytes`."""
+        """How many by transport, since the start."""
         return self._grants.blocks_landed
 
     async def _accept(self, listener: socket.socket, transport: str) -> None:
@@ -176,7 +175,7 @@ class KVReceiver:
     def _judge(self, hello: Hello) -> Refusal:
         if not hmac.compare_digest(hello.access_key, self._access_key):
             return Refusal.WRONG_KEY
-        if hello.layout_digest != self._layout_digest or hello.block_bytes != self._memory.block_bytes:
+        if hello.layout_digest != self._layout_digest:
             return Refusal.OTHER_LAYOUT
         if hello.checksum != self._checksum:
             return Refusal.OTHER_CHECKSUM
@@ -277,9 +276,9 @@ class _Connection:
                 answer = Frame(FrameKind.REFUSED, frame.transfer_id, refusal=Refusal.NO_SUCH_GRANT)
             send_frames(self._channel.sock, [answer])
         elif frame.kind is FrameKind.BLOCK:
-            if frame.length != self._grants.memory.block_bytes:
+            if all(frame.length != region.block_bytes for region in self._grants.memory.map.regions):
                 raise ProtocolViolation(f"a block of {frame.length} bytes")
-            target = transfer.begin_block(frame.block_index, self) if transfer else None
+            target = transfer.begin_block(frame.block_index, self, frame.length) if transfer else None
             intact = self._channel.land(frame, target)
             if transfer and target is not None:
                 transfer.end_block(frame.block_index, intact=intact)

@@ -81,7 +81,8 @@ class KVSender:
         assert set(transports) <= set(TRANSPORTS), transports
         self._memory = memory
         self._transports = tuple(transports)
-        self._layout_digest = layout_digest(layout_fingerprint)
+        self._block_sizes = [region.block_bytes for region in memory.map.regions]
+        self._layout_digest = layout_digest(layout_fingerprint, self._block_sizes)
         self._checksum = checksum
         self._copy_threads = copy_threads
         self._host_id = read_host_id()
@@ -99,7 +100,7 @@ class KVSender:
 
     @property
     def blocks_sent(self) -> Mapping[str, int]:
-        """How many by transport, since the start; each has `memory.block_bytes`."""
+        """How many by transport, since the start."""
         return self._blocks_sent
 
     async def open(self, transfer_id: bytes, endpoint: KVEndpoint, block_ids: Sequence[int]) -> OutgoingTransfer:
@@ -110,8 +111,8 @@ class KVSender:
         """
         if len(transfer_id) != TRANSFER_ID_BYTES:
             raise InvalidRequest("transfer_id", f"has {len(transfer_id)} bytes", limit=TRANSFER_ID_BYTES)
-        if endpoint.block_bytes != self._memory.block_bytes:
-            raise Incompatible(f"KV blocks have {self._memory.block_bytes} bytes here and {endpoint.block_bytes} at the receiver")
+        if (sizes := [region.block_bytes for region in endpoint.regions]) != self._block_sizes:
+            raise Incompatible(f"KV blocks have {_some(self._block_sizes)} bytes here and {_some(sizes)} at the receiver")
         if not all(0 <= block_id < endpoint.num_blocks for block_id in block_ids):
             raise Incompatible(f"the grant names blocks outside of the receiver's pool of {endpoint.num_blocks}")
         if connection := await self._connection(endpoint):
@@ -159,7 +160,6 @@ class KVSender:
             hello = Hello(
                 access_key=endpoint.access_key,
                 layout_digest=self._layout_digest,
-                block_bytes=self._memory.block_bytes,
                 checksum=self._checksum,
             )
             await asyncio.get_running_loop().sock_sendall(sock, hello.pack())
@@ -174,7 +174,7 @@ class KVSender:
         await _wait_readable(sock)
         # One small frame, sent at once: it is here whole, or this is no receiver.
         data, fds, _, _ = socket.recv_fds(sock, FRAME_BYTES, 1, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
-        peer_memory = PeerMemory(fds[0], pool_bytes=endpoint.pool_bytes, block_bytes=endpoint.block_bytes) if fds else None
+        peer_memory = PeerMemory(fds[0], endpoint.regions) if fds else None
         try:
             _check_welcome(Frame.unpack(data))
             sock.setblocking(True)
@@ -233,3 +233,8 @@ async def _wait_readable(sock: socket.socket) -> None:
         await readable.wait()
     finally:
         loop.remove_reader(sock)
+
+
+def _some(sizes: Sequence[int]) -> str:
+    shown = " and ".join(str(size) for size in sizes[:4])
+    return shown if len(sizes) <= 4 else f"{shown} and {len(sizes) - 4} more sizes"

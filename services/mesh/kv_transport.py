@@ -23,10 +23,20 @@ or not at all; an authenticated shm peer has the whole pool mapped and is truste
 """
 
 from services.mesh.kv_incoming import IncomingTransfer
-from services.mesh.kv_memory import KVMemory
+from services.mesh.kv_memory import KVMemory, KVRegion
 from services.mesh.kv_outgoing import InlineBlock
 from services.mesh.kv_receiver import KVReceiver
 from services.mesh.kv_sender import KVSender, OutgoingTransfer
 from services.mesh.kv_wire import TRANSPORTS, KVEndpoint
 
-__all__ = ["TRANSPORTS", "IncomingTransfer", "InlineBlock", "KVEndpoint", "KVMemory", "KVReceiver", "KVSender", "OutgoingTransfer"]
+__all__ = [
+    "TRANSPORTS",
+    "IncomingTransfer",
+    "InlineBlock",
+    "KVEndpoint",
+    "KVMemory",
+    "KVReceiver",
+    "KVRegion",
+    "KVSender",
+    "OutgoingTransfer",
+]

@@ -23,11 +23,13 @@ from typing import NamedTuple, Self
 
 import xxhash
 
+from services.mesh.kv_memory import KVRegion
+
 TRANSPORTS = ("shm", "tcp", "grpc")  # best first
 TRANSFER_ID_BYTES = 16
 
-_MAGIC = b"bKV1"
-_HELLO = struct.Struct("<4sBxxx16s16sQ")
+_MAGIC = b"bKV2"
+_HELLO = struct.Struct("<4sBxxx16s16s")
 _FRAME = struct.Struct("<4sB16sIQQB")
 HELLO_BYTES = _HELLO.size
 FRAME_BYTES = _FRAME.size
@@ -51,12 +53,11 @@ class KVEndpoint:
     tcp_address: str
     grpc: bool
     access_key: bytes = field(repr=False)
-    pool_bytes: int
-    block_bytes: int
+    regions: tuple[KVRegion, ...]
 
     @property
     def num_blocks(self) -> int:
-        return self.pool_bytes // self.block_bytes
+        return sum(region.num_blocks for region in self.regions)
 
     def offers(self, transport: str, *, host_id: str) -> bool:
         """Whether a process on `host_id` may try this transport."""
@@ -71,27 +72,29 @@ class Hello:
 
     access_key: bytes = field(repr=False)  # 16 bytes
     layout_digest: bytes  # 16 bytes
-    block_bytes: int
     checksum: bool
 
     def pack(self) -> bytes:
-        return _HELLO.pack(_MAGIC, self.checksum, self.access_key, self.layout_digest, self.block_bytes)
+        return _HELLO.pack(_MAGIC, self.checksum, self.access_key, self.layout_digest)
 
     @classmethod
     def unpack(cls, data: bytes | bytearray) -> Self:
         """Raises ProtocolViolation for anything that is not a hello of this protocol's version."""
         if len(data) != HELLO_BYTES or data[:4] != _MAGIC:
             raise ProtocolViolation("no hello of this protocol")
-        _, checksum, access_key, layout_digest, block_bytes = _HELLO.unpack(data)
-        hello = cls(access_key=access_key, layout_digest=layout_digest, block_bytes=block_bytes, checksum=bool(checksum))
+        _, checksum, access_key, layout_digest = _HELLO.unpack(data)
+        hello = cls(access_key=access_key, layout_digest=layout_digest, checksum=bool(checksum))
         if hello.pack() != data:
             raise ProtocolViolation("a hello with bits that mean nothing in this version")
         return hello
 
 
-def layout_digest(layout_fingerprint: bytes) -> bytes:
-    """A fingerprint of any length in the 16 bytes of a hello."""
-    return hashlib.blake2b(layout_fingerprint, digest_size=16).digest()
+def layout_digest(layout_fingerprint: bytes, block_sizes: Sequence[int]) -> bytes:
+    """A fingerprint of any length and the bytes of a block in each region, in the 16 bytes of a hello."""
+    digest = hashlib.blake2b(layout_fingerprint, digest_size=16)
+    for size in block_sizes:
+        digest.update(size.to_bytes(8, "little"))
+    return digest.digest()
 
 
 class FrameKind(enum.IntEnum):

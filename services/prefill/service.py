@@ -6,6 +6,7 @@ Blocks leave chunk by chunk while the engine computes the next chunk. Knows noth
 """
 
 import asyncio
+import bisect
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -15,6 +16,7 @@ from protos.baton.v1 import prefill_pb2, prefill_pb2_grpc
 from services.core.clock import unix_s
 from services.core.errors import Draining, Incompatible, InvalidRequest
 from services.engine.events import PrefillProgress
+from services.engine.kv_groups import Place
 from services.engine.sequence import EngineRequest
 from services.mesh import convert, failpoints
 from services.mesh.kv_transport import KVSender, OutgoingTransfer
@@ -52,7 +54,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             prefix_key=request.prefix_key or None,
             output_token_ids=output,
         )
-        block_ids = _granted_blocks(request.grant, num_blocks=-(-len(token_ids) // worker.block_size))
+        places = worker.groups.places(len(token_ids), request.grant.first_block)
+        block_ids = _granted_blocks(request.grant, num_places=len(places))
         endpoint = convert.endpoint_from_proto(request.grant.endpoint)
         async with contextlib.AsyncExitStack() as stack:
             # The engine begins while the transfer is agreed. Closed in this order: nothing reads the blocks any more, then the engine
@@ -64,34 +67,41 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             yield prefill_pb2.PrefillEvent(
                 accepted=prefill_pb2.PrefillAccepted(worker_id=worker.worker_id, kv_transport=transfer.transport)
             )
-            push = await stack.enter_async_context(contextlib.aclosing(self._push(steps, transfer, request)))
+            push = await stack.enter_async_context(contextlib.aclosing(self._push(steps, transfer, request, places)))
             events = await stack.enter_async_context(contextlib.aclosing(with_heartbeats(push)))
             async for event in events:
                 yield event or self._heartbeat()
 
     async def _push(
-        self, steps: AsyncIterator[PrefillProgress], transfer: OutgoingTransfer, request: prefill_pb2.PrefillRequest
+        self,
+        steps: AsyncIterator[PrefillProgress],
+        transfer: OutgoingTransfer,
+        request: prefill_pb2.PrefillRequest,
+        places: Sequence[Place],
     ) -> AsyncGenerator[prefill_pb2.PrefillEvent, None]:
-        """Sends blocks as they are completed; ends with `done`, when the last one is out."""
-        next_block = first_block = request.grant.first_block
+        """Sends the blocks of `places` as they are completed; ends with `done`, when the last one is out."""
+        memory, num_sent = self._worker.memory, 0
         first_sent_at: float | None = None
         async for progress in steps:
             await failpoints.reach("prefill.mid_prefill", request.request_id)
             heard_at = time.perf_counter()
             is_last = progress.first_tokens is not None
-            end = len(progress.block_ids) if is_last else progress.num_computed_tokens // self._worker.block_size
-            fresh = [(index - first_block, progress.block_ids[index]) for index in range(next_block, end)]
-            next_block = max(next_block, end)
+            num_complete = progress.num_computed_tokens // self._worker.block_size
+            end = len(places) if is_last else bisect.bisect_left(places, num_complete, key=lambda place: place.block)
+            # Places come in the order of blocks, and those granted are the last ones.
+            source_ids = progress.block_ids[len(progress.block_ids) - len(places) :]
+            fresh = [(index, source_ids[index]) for index in range(num_sent, end)]
+            num_sent = max(num_sent, end)
             if fresh and first_sent_at is None:
                 first_sent_at = heard_at
             for block in await transfer.send(fresh):
                 yield prefill_pb2.PrefillEvent(block=prefill_pb2.KVBlock(index=block.index, data=block.data, checksum=block.checksum))
-            self._worker.kv_bytes_sent += len(fresh) * self._worker.identity.block_bytes
+            self._worker.kv_bytes_sent += sum(memory.map.size(block_id) for _, block_id in fresh)
             await failpoints.reach("prefill.before_done" if is_last else "prefill.mid_transfer", request.request_id)
             if is_last:
                 await transfer.finish()
                 assert first_sent_at is not None
-                yield _done(progress, request, blocks_sent=next_block - first_block, first_sent_at=first_sent_at)
+                yield _done(progress, request, blocks_sent=num_sent, first_sent_at=first_sent_at)
                 return
             yield self._progress(progress.num_computed_tokens)
 
@@ -118,14 +128,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         )
 
 
-def _granted_blocks(grant: prefill_pb2.KVGrant, *, num_blocks: int) -> list[int]:
-    """Raises InvalidRequest unless the grant has a place for each block of the prompt that the caller lacks."""
+def _granted_blocks(grant: prefill_pb2.KVGrant, *, num_places: int) -> list[int]:
+    """Raises InvalidRequest unless the grant has a block for each place of the prompt that the caller lacks."""
     if len(grant.block_ids) % 4:
         raise InvalidRequest("grant.block_ids", f"has {len(grant.block_ids)} bytes, which is not a multiple of 4", limit=4)
     block_ids = convert.unpack_u32(grant.block_ids)
-    if grant.first_block + len(block_ids) != num_blocks or not block_ids:
+    if len(block_ids) != num_places or not block_ids:
         raise InvalidRequest(
-            "grant", f"has places from block {grant.first_block} to {grant.first_block + len(block_ids)} of {num_blocks}", limit=num_blocks
+            "grant", f"has {len(block_ids)} blocks for {num_places} places from block {grant.first_block} on", limit=num_places
         )
     return block_ids
 

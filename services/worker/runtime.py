@@ -41,6 +41,7 @@ class Worker:
         self._lifting: set[asyncio.Task[None]] = set()
         core = loaded.core
         self.block_size = core.block_size
+        self.groups = core.groups
         self._max_num_seqs = core.scheduler.max_num_seqs
         self.identity = common_pb2.ModelIdentity(
             model_name=model_name,
@@ -127,13 +128,13 @@ async def start_worker(settings: WorkerSettings, role: str) -> AsyncIterator[Wor
     engine_settings = settings.engine_settings()
     memories: list[KVMemory] = []
 
-    def allocate_kv(num_blocks: int, block_bytes: int) -> memoryview:
-        memories.append(KVMemory(num_blocks, block_bytes))
+    def allocate_kv(regions: Sequence[tuple[int, int]]) -> memoryview:
+        memories.append(KVMemory(regions))
         return memories[0].buffer
 
     started = time.monotonic()
     loaded = await asyncio.to_thread(load_model, directory, engine_settings, allocate_kv=allocate_kv)
-    _log.info("model loaded", extra={"seconds": round(time.monotonic() - started, 2), "num_blocks": loaded.core.num_blocks})
+    _log.info("model loaded", extra={"seconds": round(time.monotonic() - started, 2), "num_blocks": loaded.core.stats().blocks_total})
     # The model and all that was imported need not be looked at by each full collection. Before the first call: see the router's.
     gc.freeze()
     worker_id = settings.worker_id or f"{role}-{settings.listen}"

@@ -4,9 +4,12 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from services.core.types import SampledToken, TokenEvent
 from services.engine.core import EngineCore
 from services.engine.events import Event, PrefillProgress, Reserved
+from services.engine.kv_groups import Place
 from services.engine.sequence import EngineRequest, Purpose
 from tests.exactness.workloads import BLOCK_SIZE, Output, Outputs, check_balanced, take
 
@@ -37,9 +40,10 @@ class Pair:
     def __init__(self, prefill: EngineCore, decode: EngineCore) -> None:
         assert prefill.layout_fingerprint == decode.layout_fingerprint
         self.prefill, self.decode = prefill, decode
-        self.num_blocks_moved = self.num_gave_up = 0
+        self.num_blocks_moved = self.num_bytes_moved = self.num_gave_up = 0
         self._reserved: dict[str, Reserved] = {}
         self._num_landed: dict[str, int] = {}  # leading blocks that are complete on decode
+        self._places: dict[str, list[Place]] = {}
         self._to_release: list[tuple[int, str]] = []
         self._to_lift: list[tuple[int, tuple[int, ...]]] = []
         self._step = 0
@@ -75,6 +79,7 @@ class Pair:
             if isinstance(event, Reserved):
                 self._reserved[event.request_id] = event
                 self._num_landed[event.request_id] = event.num_cached_tokens // BLOCK_SIZE
+                self._places[event.request_id] = self.decode.groups.places(self._requests[event.request_id].num_tokens)
                 self.prefill.add(self._requests[event.request_id], Purpose.PREFILL)
             elif isinstance(event, PrefillProgress):
                 self._move(event)
@@ -90,12 +95,14 @@ class Pair:
             return  # given up in the step before
         plan, reserved = self._plan(request_id), self._reserved[request_id]
         is_last = progress.first_tokens is not None
-        num_complete = len(progress.block_ids) if is_last else progress.num_computed_tokens // BLOCK_SIZE
+        num_tokens = self._requests[request_id].num_tokens
+        num_complete = self.decode.groups.num_blocks(num_tokens) if is_last else progress.num_computed_tokens // BLOCK_SIZE
         gives_up = plan.way is not Way.LANDED
         if gives_up:
             num_complete = min(num_complete, plan.give_up_at // BLOCK_SIZE)
-        for index in range(self._num_landed[request_id], num_complete):
-            self._copy(progress.block_ids[index], reserved.block_ids[index])
+        for place, source, target in zip(self._places[request_id], progress.block_ids, reserved.block_ids, strict=True):
+            if self._num_landed[request_id] <= place.block < num_complete:
+                self._copy(source, target)
         self._num_landed[request_id] = max(num_complete, self._num_landed[request_id])
         if gives_up and (is_last or progress.num_computed_tokens >= plan.give_up_at):
             self._give_up(request_id, plan)
@@ -104,8 +111,10 @@ class Pair:
             self._land(request_id, progress.first_tokens)
 
     def _copy(self, source: int, target: int) -> None:
-        self.decode._runner.pool[target] = self.prefill._runner.pool[source]
+        block = _block(self.prefill, source)
+        _block(self.decode, target).copy_(block)
         self.num_blocks_moved += 1
+        self.num_bytes_moved += block.nbytes
 
     def _land(self, request_id: str, first_tokens: Sequence[SampledToken]) -> None:
         del self._reserved[request_id]
@@ -121,12 +130,16 @@ class Pair:
             self.decode.compute_here(request_id, self._num_landed[request_id] * BLOCK_SIZE)
             return
         self.decode.quarantine(request_id)
-        self._to_lift.append((self._step + FENCE_STEPS, reserved.block_ids[reserved.num_cached_tokens // BLOCK_SIZE :]))
+        first_block = reserved.num_cached_tokens // BLOCK_SIZE
+        places = zip(self._places[request_id], reserved.block_ids, strict=True)
+        open_ids = tuple(block_id for place, block_id in places if place.block >= first_block)
+        self._to_lift.append((self._step + FENCE_STEPS, open_ids))
 
     def _act(self) -> None:
         """Peers that cannot be stopped write nonsense; what is due is released and lifted."""
         for _, block_ids in self._to_lift:
-            self.decode._runner.pool[list(block_ids)] = float("nan")
+            for block_id in block_ids:
+                _block(self.decode, block_id).view(self.decode._runner.layouts[0].dtype).fill_(float("nan"))
         for at, request_id in self._to_release:
             if at <= self._step:
                 self.prefill.abort(request_id)
@@ -135,3 +148,12 @@ class Pair:
             if at <= self._step:
                 self.decode.lift_quarantine(block_ids)
         self._to_lift = [(at, block_ids) for at, block_ids in self._to_lift if at > self._step]
+
+
+def _block(core: EngineCore, block_id: int) -> torch.Tensor:
+    """The memory of a block, by its number among those of all pools."""
+    for pool in core._runner.pools:
+        if block_id < len(pool):
+            return pool[block_id]
+        block_id -= len(pool)
+    raise IndexError(block_id)

@@ -13,7 +13,7 @@ from services.core.noise import choice_seed
 from services.engine.core import EngineCore
 from services.engine.sequence import EngineRequest
 from tests.exactness.pair import Pair, Plan, Way
-from tests.exactness.test_engine_exactness import each_fp32, only_llama, spread
+from tests.exactness.test_engine_exactness import each_layout, only_llama, spread
 from tests.exactness.workloads import BLOCK_SIZE, Workload, check_all_identical, make_core, prepend_received, received, run_alone
 
 
@@ -36,7 +36,7 @@ def computed_tokens(core: EngineCore) -> int:
     return stats.prefill_tokens + stats.decode_tokens
 
 
-@each_fp32
+@each_layout
 def test_tokens_when_prompts_are_computed_elsewhere_with_cold_and_warm_caches_are_identical(workload: Workload) -> None:
     """Nothing known anywhere; then the same requests, with all that can be cached known to prefill, to decode, and to both."""
     requests = workload.requests
@@ -49,7 +49,8 @@ def test_tokens_when_prompts_are_computed_elsewhere_with_cold_and_warm_caches_ar
         moved, computed, cached = pair.num_blocks_moved, computed_tokens(pair.prefill), pair.prefill.stats().cached_tokens
         check_all_identical(workload.baseline, requests, pair.run(requests))
         if warm in ("on decode", "on both"):
-            assert pair.num_blocks_moved - moved == len(requests)  # the last block of each
+            # The last block of each, in each KV group.
+            assert pair.num_blocks_moved - moved == len(requests) * len(pair.decode.pools)
         else:
             assert pair.num_blocks_moved - moved > 2 * len(requests)
         if warm in ("on prefill", "on both"):
@@ -91,7 +92,7 @@ def test_choices_when_prompts_are_computed_elsewhere_equal_requests_with_their_s
     assert pair.decode.stats().cached_tokens >= 2 * full_blocks(requests) * BLOCK_SIZE
 
 
-@each_fp32
+@each_layout
 @pytest.mark.parametrize("way", [Way.COMPUTE_HERE, Way.QUARANTINE])
 def test_tokens_when_prefill_is_given_up_on_the_way_are_identical(workload: Workload, way: Way) -> None:
     """After any part of the prompt has landed, nothing and all of it included."""
@@ -105,12 +106,13 @@ def test_tokens_when_prefill_is_given_up_on_the_way_are_identical(workload: Work
     num_outputs = sum(len(tokens) - 1 for tokens in workload.baseline.tokens.values())
     prompts = {request.request_id: len(request.prompt_token_ids) for request in requests}
     assert computed_tokens(pair.decode) > num_outputs
-    if way is Way.COMPUTE_HERE:  # it goes on from what has landed
+    # It goes on from what has landed, where that is all that the next token sees.
+    if way is Way.COMPUTE_HERE and pair.decode.groups.windows == (None,):
         landed = sum(min(plans[name].give_up_at, length - 1) // BLOCK_SIZE * BLOCK_SIZE for name, length in prompts.items())
         assert computed_tokens(pair.decode) - num_outputs <= sum(prompts.values()) - landed
 
 
-@each_fp32
+@each_layout
 def test_tokens_when_everything_happens_at_once_in_small_pools_are_identical(workload: Workload) -> None:
     """All ways to a prompt, side by side, twice; both pools hold a few requests, so that they are preempted, evicted and kept waiting."""
     requests = workload.requests[:60]
@@ -121,7 +123,23 @@ def test_tokens_when_everything_happens_at_once_in_small_pools_are_identical(wor
         plans = {r.request_id: Plan(way=ways[r.request_id], give_up_at=generator.randint(0, len(r.prompt_token_ids))) for r in requests}
         check_all_identical(workload.baseline, requests, pair.run(requests, plans))
     stats = pair.decode.stats()
-    assert stats.preemptions > 0
+    assert stats.preemptions > 0 or None not in pair.decode.groups.windows  # windows alone do not grow
     assert stats.evictions > 0
     assert pair.prefill.stats().evictions > 0
     assert pair.num_gave_up > 0
+
+
+@pytest.mark.parametrize("workload", ["window", "gemma"], indirect=True)
+def test_bytes_when_layers_have_windows_are_those_of_their_windows_and_pools_keep_no_more(workload: Workload) -> None:
+    config = workload.decoder.config
+    request = max(workload.requests, key=lambda request: request.num_tokens)
+    end = -(-request.num_tokens // BLOCK_SIZE)
+    last = (request.num_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE  # the first token of the last block sees the most
+    blocks = [end if window is None else end - (last - window + 1) // BLOCK_SIZE for window in config.windows]
+    layer_bytes = config.num_kv_heads * BLOCK_SIZE * 2 * config.head_dim * 4
+    pair = make_pair(workload)
+    check_all_identical(workload.baseline, [request], pair.run([request]))
+    assert pair.num_bytes_moved == sum(blocks) * layer_bytes < 0.6 * len(blocks) * end * layer_bytes
+    for pool, window in zip(pair.decode.pools, config.group_windows, strict=True):
+        most = end + 1 if window is None else -(-window // BLOCK_SIZE) + 2
+        assert pool.num_cached <= most + -(-len(workload.baseline.tokens[request.request_id]) // BLOCK_SIZE)

@@ -72,14 +72,14 @@ class RecordingRunner(ModelRunner):
     """A ModelRunner that keeps the logits of every token it chooses, to tell afterwards by how much it was the best."""
 
     def __init__(self, decoder: Decoder, *, block_size: int, num_blocks: int) -> None:
-        super().__init__(decoder, block_size=block_size, num_blocks=num_blocks)
+        super().__init__(decoder, block_size=block_size, num_blocks=[num_blocks] * len(decoder.config.group_windows))
         self.chosen: list[tuple[torch.Tensor, SampleRow, int]] = []
 
     @torch.inference_mode()
     def execute(
         self, batch: StepBatch, samples: Sequence[SampleRow], scores: Sequence[ScoreRow] = ()
     ) -> tuple[list[SampledToken], list[TokenLogprobs]]:
-        logits = self.decoder.forward(batch, self.pool, self.layout)
+        logits = self.decoder.forward(batch, self.pools, self.layouts)
         sampled = sample(logits, samples) if samples else []
         for row, token in zip(samples, sampled, strict=True):
             self.chosen.append((logits[row.logit_row].clone(), replace(row, tokens=tuple(row.tokens)), token.token_id))
@@ -162,11 +162,11 @@ def make_core(
     settings = EngineSettings(block_size=BLOCK_SIZE, max_num_seqs=max_num_seqs, prefill_chunk_tokens=prefill_chunk_tokens)
     settings.validate()
     return EngineCore(
-        runner or ModelRunner(decoder, block_size=BLOCK_SIZE, num_blocks=num_blocks),
+        runner or ModelRunner(decoder, block_size=BLOCK_SIZE, num_blocks=[num_blocks] * len(decoder.config.group_windows)),
         settings,
         model_fingerprint=b"exactness",
         eos_token_ids=(),
-        max_model_len=min(MAX_MODEL_LEN, num_blocks * BLOCK_SIZE),
+        max_model_len=min(MAX_MODEL_LEN, num_blocks * BLOCK_SIZE) if None in decoder.config.windows else MAX_MODEL_LEN,
         clock=lambda: 0.0,
     )
 

@@ -281,7 +281,7 @@ def after_blocks(*events: prefill_pb2.PrefillEvent, last: int = 3) -> Script:
     async def script(request: prefill_pb2.PrefillRequest) -> AsyncIterator[prefill_pb2.PrefillEvent]:
         yield accepted()
         for index in range(last):
-            yield block(index, bytes(request.grant.endpoint.block_bytes))
+            yield block(index, bytes(request.grant.endpoint.regions[0].block_bytes))
         for event in events:
             yield event
 
@@ -301,11 +301,11 @@ async def breaks(request: prefill_pb2.PrefillRequest) -> AsyncIterator[prefill_p
 
 async def wrong_sizes(request: prefill_pb2.PrefillRequest) -> AsyncIterator[prefill_pb2.PrefillEvent]:
     yield accepted()
-    yield block(0, bytes(request.grant.endpoint.block_bytes + 1))
+    yield block(0, bytes(request.grant.endpoint.regions[0].block_bytes + 1))
 
 
 async def damages(request: prefill_pb2.PrefillRequest) -> AsyncIterator[prefill_pb2.PrefillEvent]:
-    yield block(0, bytes(request.grant.endpoint.block_bytes), checksum=1)
+    yield block(0, bytes(request.grant.endpoint.regions[0].block_bytes), checksum=1)
 
 
 # Blocks that have landed with the right checksum are believed, whatever becomes of the call that brought them; these here are zeros.
@@ -353,10 +353,14 @@ def test_prefill_worker_when_it_answers_nonsense_costs_a_request_nothing_but_tim
 
 
 def grant(**endpoint: Any) -> prefill_pb2.KVGrant:
-    fields = {"tcp_address": "127.0.0.1:1", "grpc": True, "access_key": bytes(16), "pool_bytes": 64 << 16, "block_bytes": 1 << 16}
+    fields = {"tcp_address": "127.0.0.1:1", "grpc": True, "access_key": bytes(16), "regions": [region()]}
     return prefill_pb2.KVGrant(
         transfer_id=os.urandom(16), block_ids=convert.pack_u32(range(3)), endpoint=prefill_pb2.KVEndpoint(**{**fields, **endpoint})
     )
+
+
+def region(num_blocks: int = 64, block_bytes: int = 1 << 16) -> prefill_pb2.KVRegion:
+    return prefill_pb2.KVRegion(num_blocks=num_blocks, block_bytes=block_bytes)
 
 
 def granted(**fields: Any) -> prefill_pb2.KVGrant:
@@ -382,9 +386,13 @@ def test_prefill_when_a_decode_worker_sends_bad_grants_refuses_each_and_frees_wh
             ("too many blocks", {"grant": granted(block_ids=bytes(4 * 1_000_000))}, (invalid,)),
             ("blocks that begin elsewhere", {"grant": granted(first_block=MOST)}, (invalid,)),
             ("blocks outside of the pool", {"grant": granted(block_ids=convert.pack_u32([0, 1, MOST]))}, (incompatible,)),
-            ("a pool of nothing", {"grant": grant(pool_bytes=0)}, (incompatible,)),
-            ("a block of nothing", {"grant": grant(block_bytes=0)}, (incompatible,)),
-            ("blocks of another size", {"grant": grant(block_bytes=2**63)}, (incompatible,)),
+            ("a pool of nothing", {"grant": grant(regions=[region(0)])}, (incompatible,)),
+            ("a block of nothing", {"grant": grant(regions=[region(block_bytes=0)])}, (incompatible,)),
+            ("blocks of another size", {"grant": grant(regions=[region(block_bytes=2**63)])}, (incompatible,)),
+            ("no pool", {"grant": grant(regions=[])}, (incompatible,)),
+            ("one pool more", {"grant": grant(regions=[region(), region()])}, (incompatible,)),
+            ("a thousand pools", {"grant": grant(regions=[region()] * 1000)}, (incompatible,)),
+            ("more blocks than there is memory", {"grant": grant(regions=[region(2**63)], tcp_address=kv, grpc=False)}, (away,)),
             ("no transport", {"grant": grant(tcp_address="", grpc=False)}, (incompatible,)),
             ("nobody listens", {"grant": grant(tcp_address=nobody, grpc=False)}, (away,)),
             ("somebody else's port", {"grant": grant(tcp_address=bench.router, grpc=False)}, (away,)),
@@ -410,9 +418,9 @@ def test_prefill_when_a_decode_worker_sends_bad_grants_refuses_each_and_frees_wh
         block_bytes = session.welcome.model.block_bytes
         for name, fields, kinds in refused:
             request = prefill_pb2.PrefillRequest(**{**values, **fields})
-            if request.grant.endpoint.block_bytes == 1 << 16:
-                request.grant.endpoint.block_bytes = block_bytes
-                request.grant.endpoint.pool_bytes = request.grant.endpoint.pool_bytes // (1 << 16) * block_bytes
+            for announced in request.grant.endpoint.regions:
+                if announced.block_bytes == 1 << 16:
+                    announced.block_bytes = block_bytes
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 async for _ in stub.Prefill(request):
                     pass

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from services.core.errors import PeerUnavailable, TransferFenced
-from services.mesh.kv_transport import IncomingTransfer, KVEndpoint, KVMemory, KVReceiver, KVSender
+from services.mesh.kv_transport import IncomingTransfer, KVEndpoint, KVMemory, KVReceiver, KVRegion, KVSender
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = b"two processes"
@@ -91,13 +91,13 @@ def exact_blocks(memory: KVMemory, block_ids: tuple[int, ...]) -> int:
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_transfer_when_between_processes_lands_exactly(transport: str) -> None:
     async def main() -> None:
-        with KVMemory(NUM_BLOCKS, BLOCK_BYTES) as target:
+        with KVMemory([(NUM_BLOCKS, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=[transport]) as receiver, sending_process() as process:
                 transfer = receiver.grant(range(10, 40))
                 await order(process, receiver.endpoint, transfer)
                 await transfer.wait_landed()
                 assert exact_blocks(target, transfer.block_ids) == 30
-                assert not target.blocks[:10].any() and not target.blocks[40:].any()
+                assert not target.blocks[0][:10].any() and not target.blocks[0][40:].any()
 
     asyncio.run(main())
 
@@ -105,7 +105,7 @@ def test_transfer_when_between_processes_lands_exactly(transport: str) -> None:
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_transfer_when_its_sender_is_killed_fails_and_is_fenced_at_once(transport: str) -> None:
     async def main() -> None:
-        with KVMemory(NUM_BLOCKS, BLOCK_BYTES) as target:
+        with KVMemory([(NUM_BLOCKS, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=[transport]) as receiver, sending_process() as process:
                 transfer = await begin(process, receiver)
                 process.kill()
@@ -116,14 +116,14 @@ def test_transfer_when_its_sender_is_killed_fails_and_is_fenced_at_once(transpor
                 target.buffer[:] = bytes(target.pool_bytes)  # it is all ours again
                 await process.wait()
                 await asyncio.sleep(0.05)
-                assert not target.blocks.any()
+                assert not target.blocks[0].any()
 
     asyncio.run(main())
 
 
 def test_shm_transfer_when_its_sender_is_frozen_stays_in_quarantine_until_it_thaws() -> None:
     async def main() -> None:
-        with KVMemory(NUM_BLOCKS, BLOCK_BYTES) as target:
+        with KVMemory([(NUM_BLOCKS, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=["shm"]) as receiver, sending_process() as process:
                 transfer = await begin(process, receiver)
                 await freeze(process)
@@ -141,14 +141,14 @@ def test_shm_transfer_when_its_sender_is_frozen_stays_in_quarantine_until_it_tha
                 await again.wait_landed()
                 assert exact_blocks(target, again.block_ids) == 1
                 target.block(7)[:] = bytes(BLOCK_BYTES)
-                assert not target.blocks.any()
+                assert not target.blocks[0].any()
 
     asyncio.run(main())
 
 
 def test_shm_transfer_when_its_frozen_sender_is_killed_is_fenced() -> None:
     async def main() -> None:
-        with KVMemory(NUM_BLOCKS, BLOCK_BYTES) as target:
+        with KVMemory([(NUM_BLOCKS, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=["shm"]) as receiver, sending_process() as process:
                 transfer = await begin(process, receiver)
                 await freeze(process)
@@ -161,7 +161,7 @@ def test_shm_transfer_when_its_frozen_sender_is_killed_is_fenced() -> None:
 
 def test_tcp_transfer_when_its_sender_is_frozen_is_fenced_by_the_receiver_alone() -> None:
     async def main() -> None:
-        with KVMemory(NUM_BLOCKS, BLOCK_BYTES) as target:
+        with KVMemory([(NUM_BLOCKS, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=["tcp"]) as receiver, sending_process() as process:
                 transfer = await begin(process, receiver)
                 await freeze(process)
@@ -172,21 +172,23 @@ def test_tcp_transfer_when_its_sender_is_frozen_is_fenced_by_the_receiver_alone(
                 await order(process, receiver.endpoint, again)
                 await again.wait_landed()
                 target.block(7)[:] = bytes(BLOCK_BYTES)
-                assert not target.blocks.any()
+                assert not target.blocks[0].any()
 
     asyncio.run(main())
 
 
 async def _serve_orders() -> None:
-    with KVMemory(NUM_BLOCKS, BLOCK_BYTES) as source:
-        source.blocks[:] = np.array([pattern(block_id)[0] for block_id in range(NUM_BLOCKS)], np.uint8)[:, None]
+    with KVMemory([(NUM_BLOCKS, BLOCK_BYTES)]) as source:
+        source.blocks[0][:] = np.array([pattern(block_id)[0] for block_id in range(NUM_BLOCKS)], np.uint8)[:, None]
         async with KVSender(source, layout_fingerprint=LAYOUT) as sender:
             while line := await asyncio.to_thread(sys.stdin.readline):
                 await _obey(sender, json.loads(line))
 
 
 async def _obey(sender: KVSender, command: dict[str, Any]) -> None:
-    endpoint = KVEndpoint(**command["endpoint"] | {"access_key": bytes.fromhex(command["endpoint"]["access_key"])})
+    told = command["endpoint"]
+    regions = tuple(KVRegion(*region) for region in told["regions"])
+    endpoint = KVEndpoint(**told | {"access_key": bytes.fromhex(told["access_key"]), "regions": regions})
     block_ids = command["block_ids"]
     for attempt in range(2):
         try:

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from services.engine.batch import StepBatch
+from services.engine.batch import GroupBatch, StepBatch
+from services.engine.kv_groups import KVGroups
 from services.engine.models.decoder import Decoder
 from tests.checkpoints import FloatArray
 
@@ -19,13 +21,16 @@ class PagedSequences:
         self._decoder, self._block_size = decoder, block_size
         counts = [-(-len(prompt) // block_size) for prompt in prompts]
         total = sum(counts) + 7
-        self._layout = decoder.kv_layout(block_size)
-        self._pool = self._layout.allocate(total, torch.device("cpu"))
-        # What a stranger left in a block must not matter.
-        self._pool.view(torch.uint8).random_(0, 64, generator=torch.Generator().manual_seed(0))
-        order = np.random.default_rng(1).permutation(total).tolist()
+        self._groups = KVGroups(decoder.config.group_windows, block_size)
+        self._layouts = decoder.kv_layouts(block_size)
+        self._pools = [layout.allocate(total, torch.device("cpu")) for layout in self._layouts]
         starts = np.cumsum([0, *counts]).tolist()
-        self._tables = [order[start : start + count] for start, count in zip(starts, counts, strict=False)]
+        self._tables: list[list[list[int]]] = []  # by KV group
+        for group, pool in enumerate(self._pools):
+            # What a stranger left in a block must not matter.
+            pool.view(torch.uint8).random_(0, 64, generator=torch.Generator().manual_seed(group))
+            order = np.random.default_rng(1 + group).permutation(total).tolist()
+            self._tables.append([order[start : start + count] for start, count in zip(starts, counts, strict=False)])
 
     def compute(self, num_tokens: Mapping[int, int], *, only_last: bool = False) -> dict[int, FloatArray]:
         """The next num_tokens[i] tokens of each sequence i in one step → their logits [num_tokens[i], V], or the last row's [1, V]."""
@@ -35,23 +40,26 @@ class PagedSequences:
         batch = StepBatch(
             token_ids=np.concatenate([self.prompts[index][where] for index, where in zip(order, positions, strict=True)]),
             positions=np.concatenate(positions),
-            slots=np.concatenate(
-                [
-                    np.asarray(self._tables[index])[where // self._block_size] * self._block_size + where % self._block_size
-                    for index, where in zip(order, positions, strict=True)
-                ]
-            ),
             query_lens=[num_tokens[index] for index in order],
-            context_lens=[int(where[-1]) + 1 for where in positions],
-            block_tables=[self._tables[index] for index in order],
+            groups=[self._group_batch(group, order, positions) for group in range(len(self._pools))],
             logit_rows=ends - 1 if only_last else np.arange(ends[-1]),
         )
         with torch.inference_mode():
-            logits = self._decoder.forward(batch, self._pool, self._layout).numpy()
+            logits = self._decoder.forward(batch, self._pools, self._layouts).numpy()
         for index in order:
             self.num_computed[index] += num_tokens[index]
         rows = np.split(logits, len(order) if only_last else ends[:-1])
         return dict(zip(order, rows, strict=True))
+
+    def _group_batch(self, group: int, order: Sequence[int], positions: Sequence[npt.NDArray[np.int64]]) -> GroupBatch:
+        size, slots, tables, context_lens = self._block_size, [], [], []
+        for index, where in zip(order, positions, strict=True):
+            table = self._tables[group][index]
+            slots.append(np.asarray(table)[where // size] * size + where % size)
+            first = self._groups.first_block(group, int(where[0]))
+            tables.append(table[first:])
+            context_lens.append(int(where[-1]) + 1 - first * size)
+        return GroupBatch(slots=np.concatenate(slots), block_tables=tables, context_lens=context_lens)
 
     def compute_in_chunks(self, chunk_sizes: Sequence[int]) -> FloatArray:
         """All tokens of the only sequence, in chunks of these sizes (over and over) → logits [length, V]."""

@@ -107,13 +107,25 @@ def test_tokens_when_prefilled_elsewhere_are_those_of_one_engine(transport: str,
 
 @pytest.mark.parametrize(("kind", "checkpoint"), [("window", "mistral"), ("gemma", "gemma3")])
 def test_tokens_of_models_with_windows_are_those_of_one_engine(mesh_workload: Workload, checkpoint: str, checkpoints: Path) -> None:
-    """Prefilled elsewhere, and by decode itself."""
+    """Prefilled elsewhere, of which layers with a window send what it reaches and no more, and by decode itself."""
+    config = mesh_workload.decoder.config
+    layer_bytes = config.num_kv_heads * BLOCK_SIZE * 2 * config.head_dim * 4
 
     async def main() -> None:
         async with open_mesh(checkpoints, checkpoint=checkpoint) as mesh:
             requests = without_eos(mesh_workload)
             workers = [await mesh.prefill("p0"), await mesh.decode("d0")]
-            remote = await run_all(mesh, [await mesh.router(workers, max_local_tokens=ALWAYS_REMOTE)], requests)
+            router = await mesh.router(workers, max_local_tokens=ALWAYS_REMOTE)
+            remote = await run_all(mesh, [router], requests)
+            for request in requests:
+                timing, last = remote[request.request_id].timing, (request.num_tokens - 1) // BLOCK_SIZE
+                firsts = [0 if window is None else max(last * BLOCK_SIZE - window + 1, 0) // BLOCK_SIZE for window in config.windows]
+                if not timing.decode_cached_tokens:
+                    assert timing.kv_bytes == sum(last + 1 - first for first in firsts) * layer_bytes
+            assert any(timing.kv_bytes < num_blocks(request) * len(config.windows) * layer_bytes for request in requests)
+            loads = (await mesh.loads(router)).values()
+            assert all(load.blocks_free + load.blocks_cached == load.blocks_total for load in loads)
+            assert len({load.kv_bytes_sent + load.kv_bytes_received for load in loads}) == 1
             local = await run_all(mesh, [await mesh.router([await mesh.decode("d1")])], requests)
             for replies, prefill in ((remote, "p0"), (local, "")):
                 check(mesh_workload.baseline, replies)

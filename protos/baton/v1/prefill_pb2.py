@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.baton.v1 import common_pb2 as protos_dot_baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/baton/v1/prefill.proto\x12\x08\x62\x61ton.v1\x1a\x1cprotos/baton/v1/common.proto\"\xfe\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12%\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.baton.v1.TokenIds\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\nprefix_key\x18\x05 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x06 \x01(\x0c\x12 \n\x05grant\x18\x07 \x01(\x0b\x32\x11.baton.v1.KVGrant\x12\x41\n\rtrace_context\x18\x08 \x03(\x0b\x32*.baton.v1.PrefillRequest.TraceContextEntry\x12\x15\n\rprompt_length\x18\t \x01(\r\x12\x13\n\x0bsent_unix_s\x18\n \x01(\x01\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"n\n\x07KVGrant\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x01(\x0c\x12&\n\x08\x65ndpoint\x18\x04 \x01(\x0b\x32\x14.baton.v1.KVEndpoint\"\x92\x01\n\nKVEndpoint\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x13\n\x0bshm_address\x18\x02 \x01(\t\x12\x13\n\x0btcp_address\x18\x03 \x01(\t\x12\x0c\n\x04grpc\x18\x04 \x01(\x08\x12\x12\n\naccess_key\x18\x05 \x01(\x0c\x12\x12\n\npool_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x07 \x01(\x04\"\xbf\x01\n\x0cPrefillEvent\x12-\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x19.baton.v1.PrefillAcceptedH\x00\x12-\n\x08progress\x18\x02 \x01(\x0b\x32\x19.baton.v1.PrefillProgressH\x00\x12\"\n\x05\x62lock\x18\x03 \x01(\x0b\x32\x11.baton.v1.KVBlockH\x00\x12%\n\x04\x64one\x18\x04 \x01(\x0b\x32\x15.baton.v1.PrefillDoneH\x00\x42\x06\n\x04kind\":\n\x0fPrefillAccepted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0ckv_transport\x18\x02 \x01(\t\"@\n\x0fPrefillProgress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x14\n\x0c\x65ngine_steps\x18\x02 \x01(\x04\"8\n\x07KVBlock\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\"\xf6\x01\n\x0bPrefillDone\x12*\n\x0c\x66irst_tokens\x18\x01 \x03(\x0b\x32\x14.baton.v1.FirstToken\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x62locks_sent\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x0f\n\x07model_s\x18\x06 \x01(\x01\x12\x1b\n\x13since_first_token_s\x18\x07 \x01(\x01\x12\x12\n\ntransfer_s\x18\x08 \x01(\x01\x12\x14\n\x0cto_prefill_s\x18\t \x01(\x01\x12\x13\n\x0bsent_unix_s\x18\n \x01(\x01\"I\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12)\n\x08logprobs\x18\x02 \x01(\x0b\x32\x17.baton.v1.TokenLogprobs\"%\n\x10WatchLoadRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\x9a\x01\n\x11WatchLoadResponse\x12\"\n\x06worker\x18\x01 \x01(\x0b\x32\x12.baton.v1.WorkerId\x12&\n\x05model\x18\x02 \x01(\x0b\x32\x17.baton.v1.ModelIdentity\x12\x15\n\rkv_transports\x18\x03 \x03(\t\x12\"\n\x04load\x18\x04 \x01(\x0b\x32\x14.baton.v1.WorkerLoad2\x97\x01\n\x0ePrefillService\x12=\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x16.baton.v1.PrefillEvent0\x01\x12\x46\n\tWatchLoad\x12\x1a.baton.v1.WatchLoadRequest\x1a\x1b.baton.v1.WatchLoadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/baton/v1/prefill.proto\x12\x08\x62\x61ton.v1\x1a\x1cprotos/baton/v1/common.proto\"\xfe\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12%\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.baton.v1.TokenIds\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\nprefix_key\x18\x05 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x06 \x01(\x0c\x12 \n\x05grant\x18\x07 \x01(\x0b\x32\x11.baton.v1.KVGrant\x12\x41\n\rtrace_context\x18\x08 \x03(\x0b\x32*.baton.v1.PrefillRequest.TraceContextEntry\x12\x15\n\rprompt_length\x18\t \x01(\r\x12\x13\n\x0bsent_unix_s\x18\n \x01(\x01\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"n\n\x07KVGrant\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x01(\x0c\x12&\n\x08\x65ndpoint\x18\x04 \x01(\x0b\x32\x14.baton.v1.KVEndpoint\"\x8e\x01\n\nKVEndpoint\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x13\n\x0bshm_address\x18\x02 \x01(\t\x12\x13\n\x0btcp_address\x18\x03 \x01(\t\x12\x0c\n\x04grpc\x18\x04 \x01(\x08\x12\x12\n\naccess_key\x18\x05 \x01(\x0c\x12#\n\x07regions\x18\x06 \x03(\x0b\x32\x12.baton.v1.KVRegion\"3\n\x08KVRegion\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x04\"\xbf\x01\n\x0cPrefillEvent\x12-\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x19.baton.v1.PrefillAcceptedH\x00\x12-\n\x08progress\x18\x02 \x01(\x0b\x32\x19.baton.v1.PrefillProgressH\x00\x12\"\n\x05\x62lock\x18\x03 \x01(\x0b\x32\x11.baton.v1.KVBlockH\x00\x12%\n\x04\x64one\x18\x04 \x01(\x0b\x32\x15.baton.v1.PrefillDoneH\x00\x42\x06\n\x04kind\":\n\x0fPrefillAccepted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0ckv_transport\x18\x02 \x01(\t\"@\n\x0fPrefillProgress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x14\n\x0c\x65ngine_steps\x18\x02 \x01(\x04\"8\n\x07KVBlock\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\"\xf6\x01\n\x0bPrefillDone\x12*\n\x0c\x66irst_tokens\x18\x01 \x03(\x0b\x32\x14.baton.v1.FirstToken\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x62locks_sent\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x0f\n\x07model_s\x18\x06 \x01(\x01\x12\x1b\n\x13since_first_token_s\x18\x07 \x01(\x01\x12\x12\n\ntransfer_s\x18\x08 \x01(\x01\x12\x14\n\x0cto_prefill_s\x18\t \x01(\x01\x12\x13\n\x0bsent_unix_s\x18\n \x01(\x01\"I\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12)\n\x08logprobs\x18\x02 \x01(\x0b\x32\x17.baton.v1.TokenLogprobs\"%\n\x10WatchLoadRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\x9a\x01\n\x11WatchLoadResponse\x12\"\n\x06worker\x18\x01 \x01(\x0b\x32\x12.baton.v1.WorkerId\x12&\n\x05model\x18\x02 \x01(\x0b\x32\x17.baton.v1.ModelIdentity\x12\x15\n\rkv_transports\x18\x03 \x03(\t\x12\"\n\x04load\x18\x04 \x01(\x0b\x32\x14.baton.v1.WorkerLoad2\x97\x01\n\x0ePrefillService\x12=\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x16.baton.v1.PrefillEvent0\x01\x12\x46\n\tWatchLoad\x12\x1a.baton.v1.WatchLoadRequest\x1a\x1b.baton.v1.WatchLoadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,23 +41,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVGRANT']._serialized_start=458
   _globals['_KVGRANT']._serialized_end=568
   _globals['_KVENDPOINT']._serialized_start=571
-  _globals['_KVENDPOINT']._serialized_end=717
-  _globals['_PREFILLEVENT']._serialized_start=720
-  _globals['_PREFILLEVENT']._serialized_end=911
-  _globals['_PREFILLACCEPTED']._serialized_start=913
-  _globals['_PREFILLACCEPTED']._serialized_end=971
-  _globals['_PREFILLPROGRESS']._serialized_start=973
-  _globals['_PREFILLPROGRESS']._serialized_end=1037
-  _globals['_KVBLOCK']._serialized_start=1039
-  _globals['_KVBLOCK']._serialized_end=1095
-  _globals['_PREFILLDONE']._serialized_start=1098
-  _globals['_PREFILLDONE']._serialized_end=1344
-  _globals['_FIRSTTOKEN']._serialized_start=1346
-  _globals['_FIRSTTOKEN']._serialized_end=1419
-  _globals['_WATCHLOADREQUEST']._serialized_start=1421
-  _globals['_WATCHLOADREQUEST']._serialized_end=1458
-  _globals['_WATCHLOADRESPONSE']._serialized_start=1461
-  _globals['_WATCHLOADRESPONSE']._serialized_end=1615
-  _globals['_PREFILLSERVICE']._serialized_start=1618
-  _globals['_PREFILLSERVICE']._serialized_end=1769
+  _globals['_KVENDPOINT']._serialized_end=713
+  _globals['_KVREGION']._serialized_start=715
+  _globals['_KVREGION']._serialized_end=766
+  _globals['_PREFILLEVENT']._serialized_start=769
+  _globals['_PREFILLEVENT']._serialized_end=960
+  _globals['_PREFILLACCEPTED']._serialized_start=962
+  _globals['_PREFILLACCEPTED']._serialized_end=1020
+  _globals['_PREFILLPROGRESS']._serialized_start=1022
+  _globals['_PREFILLPROGRESS']._serialized_end=1086
+  _globals['_KVBLOCK']._serialized_start=1088
+  _globals['_KVBLOCK']._serialized_end=1144
+  _globals['_PREFILLDONE']._serialized_start=1147
+  _globals['_PREFILLDONE']._serialized_end=1393
+  _globals['_FIRSTTOKEN']._serialized_start=1395
+  _globals['_FIRSTTOKEN']._serialized_end=1468
+  _globals['_WATCHLOADREQUEST']._serialized_start=1470
+  _globals['_WATCHLOADREQUEST']._serialized_end=1507
+  _globals['_WATCHLOADRESPONSE']._serialized_start=1510
+  _globals['_WATCHLOADRESPONSE']._serialized_end=1664
+  _globals['_PREFILLSERVICE']._serialized_start=1667
+  _globals['_PREFILLSERVICE']._serialized_end=1818
 # @@protoc_insertion_point(module_scope)

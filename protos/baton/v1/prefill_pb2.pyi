@@ -51,22 +51,28 @@ class KVGrant(_message.Message):
     def __init__(self, transfer_id: _Optional[bytes] = ..., first_block: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., endpoint: _Optional[_Union[KVEndpoint, _Mapping]] = ...) -> None: ...
 
 class KVEndpoint(_message.Message):
-    __slots__ = ("host_id", "shm_address", "tcp_address", "grpc", "access_key", "pool_bytes", "block_bytes")
+    __slots__ = ("host_id", "shm_address", "tcp_address", "grpc", "access_key", "regions")
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     SHM_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TCP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     GRPC_FIELD_NUMBER: _ClassVar[int]
     ACCESS_KEY_FIELD_NUMBER: _ClassVar[int]
-    POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
-    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
     host_id: str
     shm_address: str
     tcp_address: str
     grpc: bool
     access_key: bytes
-    pool_bytes: int
+    regions: _containers.RepeatedCompositeFieldContainer[KVRegion]
+    def __init__(self, host_id: _Optional[str] = ..., shm_address: _Optional[str] = ..., tcp_address: _Optional[str] = ..., grpc: bool = ..., access_key: _Optional[bytes] = ..., regions: _Optional[_Iterable[_Union[KVRegion, _Mapping]]] = ...) -> None: ...
+
+class KVRegion(_message.Message):
+    __slots__ = ("num_blocks", "block_bytes")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
     block_bytes: int
-    def __init__(self, host_id: _Optional[str] = ..., shm_address: _Optional[str] = ..., tcp_address: _Optional[str] = ..., grpc: bool = ..., access_key: _Optional[bytes] = ..., pool_bytes: _Optional[int] = ..., block_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("accepted", "progress", "block", "done")

@@ -1,9 +1,11 @@
 """The one decoder: Llama 2 and 3.x, Mistral, Qwen2 and 3, Gemma 2 and 3 are settings of it (model_config says which).
 
-Pre-norm transformer with grouped-query attention, rotary positions and a gated MLP, over a paged KV pool. Knows nothing of scheduling or
-sampling: a StepBatch and a pool go in, logits come out. Source: the modeling files of Hugging Face transformers, to which tests hold it.
+Pre-norm transformer with grouped-query attention, rotary positions and a gated MLP, over a paged KV pool for each KV group. Knows nothing
+of scheduling or sampling: a StepBatch and pools go in, logits come out. Source: the modeling files of Hugging Face transformers, to which
+tests hold it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +55,9 @@ class Decoder:
         self.backend = backend_of(BackendName.CPU) if backend is None else backend
         self.dtype = dtype
         self.kv_format = kv_format
+        # For each layer its KV group, and which of that group's layers it is.
+        windows = config.group_windows
+        self._places = [(windows.index(window), config.windows[:index].count(window)) for index, window in enumerate(config.windows)]
         self.rope = rope_tables(config.rope, config.head_dim, max_model_len)
         self.window_rope = self.rope
         if config.window_rope != config.rope:
@@ -67,34 +72,37 @@ class Decoder:
             self.lm_head = Linear(reader.read("lm_head.weight", (config.vocab_size, config.hidden_size)), dtype=dtype)
         reader.finish()
 
-    def kv_layout(self, block_size: int) -> KVLayout:
-        """How this model's KV blocks look."""
-        return KVLayout(
-            num_layers=self.config.num_layers,
-            num_kv_heads=self.config.num_kv_heads,
-            block_size=block_size,
-            head_dim=self.config.head_dim,
-            dtype=self.dtype,
-            format=self.kv_format,
-        )
+    def kv_layouts(self, block_size: int) -> list[KVLayout]:
+        """How this model's KV blocks look, in each KV group."""
+        return [
+            KVLayout(
+                num_layers=self.config.windows.count(window),
+                num_kv_heads=self.config.num_kv_heads,
+                block_size=block_size,
+                head_dim=self.config.head_dim,
+                dtype=self.dtype,
+                format=self.kv_format,
+            )
+            for window in self.config.group_windows
+        ]
 
-    def forward(self, batch: StepBatch, pool: torch.Tensor, layout: KVLayout) -> torch.Tensor:
-        """Computes the batch's tokens, stores their K and V in `pool`, returns fp32 logits [R, vocab_size] of its logit rows."""
+    def forward(self, batch: StepBatch, pools: Sequence[torch.Tensor], layouts: Sequence[KVLayout]) -> torch.Tensor:
+        """Computes the batch's tokens, stores their K and V in the groups' pools, returns fp32 logits [R, vocab_size] of its logit rows."""
         config, backend = self.config, self.backend
-        plans = {
-            window: backend.plan_attention(
-                block_tables=batch.block_tables,
+        plans = [
+            backend.plan_attention(
+                block_tables=group.block_tables,
                 query_lens=batch.query_lens,
-                context_lens=batch.context_lens,
+                context_lens=group.context_lens,
                 layout=layout,
                 num_heads=config.num_heads,
                 device=pool.device,
                 window=window,
                 plain_scores=config.score_softcap is None,
             )
-            for window in set(config.windows)
-        }
-        positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(batch.slots)
+            for group, pool, layout, window in zip(batch.groups, pools, layouts, config.group_windows, strict=True)
+        ]
+        positions, slots = torch.from_numpy(batch.positions), [torch.from_numpy(group.slots) for group in batch.groups]
         logit_rows = torch.from_numpy(batch.logit_rows)
         hidden = self.embedding.index_select(0, torch.from_numpy(batch.token_ids)).to(self.dtype)
         if config.embedding_scale != 1.0:
@@ -102,15 +110,15 @@ class Decoder:
         normed = backend.rms_norm(hidden, self.layers[0].input_norm, config.rms_norm_eps)
         norms_after = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         for index, layer in enumerate(self.layers):
-            heads, window = layer.qkv(normed).view(len(hidden), -1, config.head_dim), config.windows[index]
-            cos, sin = self.rope if window is None else self.window_rope
+            group, layer_in_group = self._places[index]
+            cos, sin = self.rope if config.windows[index] is None else self.window_rope
             query = backend.rope_and_write_kv(
-                heads,
-                pool,
-                layout,
-                index,
+                layer.qkv(normed).view(len(hidden), -1, config.head_dim),
+                pools[group],
+                layouts[group],
+                layer_in_group,
                 positions=positions,
-                slots=slots,
+                slots=slots[group],
                 cos=cos,
                 sin=sin,
                 query_norm=layer.query_norm,
@@ -120,7 +128,7 @@ class Decoder:
             if index == config.num_layers - 1 and not len(logit_rows):
                 return torch.empty(0, config.vocab_size)
             attended = backend.paged_attention(
-                query, pool, index, plans[window], scale=config.score_scale, softcap=config.score_softcap
+                query, pools[group], layer_in_group, plans[group], scale=config.score_scale, softcap=config.score_softcap
             ).flatten(1)
             if index == config.num_layers - 1:
                 # Past the last layer's attention, only the rows that will be sampled matter.

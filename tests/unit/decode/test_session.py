@@ -17,6 +17,7 @@ from services.decode.remote_prefill import PrefillClient, PrefillFailed, Prefill
 from services.decode.session import MAX_UNREAD_TOKENS, RouterSession
 from services.engine.engine import Engine
 from services.engine.events import Event, Reserved
+from services.engine.kv_groups import KVGroups
 from services.engine.loader import load_model
 from services.engine.settings import EngineSettings
 from services.engine.stats import EngineStats
@@ -142,7 +143,9 @@ def run(tmp_path: Path, main: Callable[[Bench], Awaitable[None]], peers: Prefill
 
 def fake_worker(engine: Any) -> Any:
     load = common_pb2.WorkerLoad()
-    return SimpleNamespace(engine=engine, draining=False, worker_id="d0", block_size=16, kv_bytes_received=0, load=lambda: load)
+    return SimpleNamespace(
+        engine=engine, draining=False, worker_id="d0", groups=KVGroups((None,), 16), kv_bytes_received=0, load=lambda: load
+    )
 
 
 def test_prefill_when_a_worker_fails_is_tried_on_the_next_behind_what_has_landed(tmp_path: Path) -> None:

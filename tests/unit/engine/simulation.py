@@ -10,8 +10,12 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import hypothesis.strategies as st
+
 from services.core.types import SamplingParams
 from services.engine.block_pool import BlockPool
+from services.engine.kv_cache import KVCache
+from services.engine.kv_groups import KVGroups
 from services.engine.scheduler import ScheduledChunk, Scheduler
 from services.engine.sequence import Purpose, Sequence
 
@@ -66,21 +70,40 @@ class Arrival:
 
 
 class Simulation:
-    """A scheduler, its pool, and cells that remember what was written into them."""
+    """A scheduler, its pools, and cells that remember what was written into them.
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_num_seqs: int, chunk_tokens: list[int]) -> None:
-        self.pool = BlockPool(num_blocks)
-        self.scheduler = Scheduler(self.pool, block_size=block_size, max_num_seqs=max_num_seqs, prefill_chunk_tokens=chunk_tokens[0])
+    num_blocks   of each KV group's pool; windows: of the groups
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: list[int],
+        windows: tuple[int | None, ...],
+        block_size: int,
+        max_num_seqs: int,
+        chunk_tokens: list[int],
+    ) -> None:
+        self.pools = [BlockPool(number) for number in num_blocks]
+        self.groups = KVGroups(windows, block_size)
+        cache = KVCache(self.pools, self.groups, chunk_tokens=max(chunk_tokens))
+        self.most_blocks = [self.groups.most_blocks(group, max(chunk_tokens)) for group in range(len(self.pools))]
+        self.block_size = block_size
+        self.scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, prefill_chunk_tokens=chunk_tokens[0])
         self.chunk_tokens = chunk_tokens
-        self.cells: dict[int, int] = {}
+        self.cells: dict[tuple[int, int], int] = {}  # (group, cell) → history
         self.finished: list[tuple[int, int]] = []
         self.handed_over: list[str] = []  # prefills whose blocks have been let go
         self.has_choices = self.has_peers = False
         self.steps = self.now = 0
-        self._quarantined: set[int] = set()
+        self._quarantined: set[tuple[int, int]] = set()  # (group, block)
         self._peers: dict[str, Peer] = {}
         self._coming: list[tuple[int, Callable[[], None]]] = []  # when peers act
         self._histories: dict[tuple[int, int], int] = {}  # (history before, token) → history
+
+    @property
+    def pool(self) -> BlockPool:
+        return self.pools[0]
 
     def add(self, arrival: Arrival, order: int) -> Sequence:
         sequence = Sequence(
@@ -124,7 +147,7 @@ class Simulation:
         assert not self.scheduler.running + self.scheduler.waiting
         assert not self.scheduler.reserved
         assert not self.scheduler.held
-        assert (self.pool.num_owned, self.pool.num_quarantined) == (0, 0)
+        assert all((pool.num_owned, pool.num_quarantined) == (0, 0) for pool in self.pools)
         for index, arrival in enumerate(in_order):
             if arrival.purpose is Purpose.PREFILL:
                 assert arrival.is_dropped or str(index) in self.handed_over
@@ -163,7 +186,7 @@ class Simulation:
         before = [sequence for sequence in everybody if sequence.request_id == request_id]
         dropped = scheduler.abort(request_id)
         assert sorted(map(id, dropped)) == sorted(map(id, before))
-        assert all(not sequence.block_ids for sequence in dropped)
+        assert all(not sequence.tables for sequence in dropped)
         everybody = [*scheduler.running, *scheduler.waiting, *scheduler.reserved.values(), *scheduler.held.values()]
         assert all(sequence.request_id != request_id for sequence in everybody)
         self.check_blocks()
@@ -199,8 +222,19 @@ class Simulation:
 
     def write(self, sequence: Sequence, start: int, end: int) -> None:
         """Keys and values of tokens start … end - 1."""
-        for position in range(start, end):
-            self.cells[self.cell(sequence, position)] = self.histories(sequence)[position]
+        histories = self.histories(sequence)
+        for group, table in enumerate(sequence.tables):
+            for position in range(max(start, table.first * self.block_size), end):
+                self.cells[group, self.cell(sequence, group, position)] = histories[position]
+
+    def land(self, sequence: Sequence, end: int) -> None:
+        """A peer fills its places with keys and values of the tokens before `end`."""
+        histories, size = self.histories(sequence), self.block_size
+        for (group, block), (_, block_id) in zip(
+            self.groups.places(len(sequence.tokens), sequence.num_sealed), self.received_blocks(sequence), strict=True
+        ):
+            for position in range(block * size, min((block + 1) * size, end)):
+                self.cells[group, block_id * size + position % size] = histories[position]
 
     def sample(self, sequence: Sequence) -> None:
         """Adds a made-up token once all tokens are computed; the first one brings the further choices."""
@@ -251,38 +285,44 @@ class Simulation:
         sequence = self.scheduler.reserved.get(request_id)
         if sequence is None:
             return  # aborted
-        peer, block_size = self._peers[request_id], self.scheduler.block_size
+        peer, block_size = self._peers[request_id], self.block_size
         if peer.answer is Answer.LANDED:
-            self.write(sequence, sequence.num_computed, sequence.prompt_length)
+            self.land(sequence, sequence.prompt_length)
             self.sample(self.scheduler.start(request_id, sequence.prompt_length))
         elif peer.answer is Answer.COMPUTE_HERE:
             whole = min(peer.landed_tokens, sequence.prompt_length - 1) // block_size * block_size
-            self.write(sequence, sequence.num_computed, whole)
+            self.land(sequence, whole)
             self.scheduler.start(request_id, whole)
         elif peer.answer is Answer.ABORT:
             self.abort(request_id)
         else:
-            block_ids = sequence.block_ids[sequence.num_sealed :]
+            blocks = self.received_blocks(sequence)
             assert self.scheduler.quarantine(request_id) is sequence
             assert sequence in self.scheduler.waiting
-            self._quarantined.update(block_ids)
+            self._quarantined.update(blocks)
             if peer.answer is Answer.QUARANTINE_AND_DROP:
                 self.abort(request_id)
-            self.later(peer.fence_after, lambda: self.lift(block_ids))
+            self.later(peer.fence_after, lambda: self.lift(blocks))
 
-    def lift(self, block_ids: list[int]) -> None:
-        self.pool.lift_quarantine(block_ids)
-        self._quarantined.difference_update(block_ids)
+    def lift(self, blocks: list[tuple[int, int]]) -> None:
+        for group, block_id in blocks:
+            self.pools[group].lift_quarantine([block_id])
+        self._quarantined.difference_update(blocks)
+
+    def received_blocks(self, sequence: Sequence) -> list[tuple[int, int]]:
+        """(group, block) of each place that a peer fills."""
+        places = self.groups.places(len(sequence.tokens), sequence.num_sealed)
+        return [(group, sequence.tables[group].block_ids[block - sequence.tables[group].first]) for group, block in places]
 
     def scribble(self) -> None:
         """Peers write nonsense wherever they may."""
-        size = self.scheduler.block_size
+        size = self.block_size
         open_to_peers = set(self._quarantined)
         for sequence in self.scheduler.reserved.values():
-            open_to_peers.update(sequence.block_ids[sequence.num_sealed :])
-        for block_id in open_to_peers:
+            open_to_peers.update(self.received_blocks(sequence))
+        for group, block_id in open_to_peers:
             for cell in range(block_id * size, (block_id + 1) * size):
-                self.cells[cell] = -1000
+                self.cells[group, cell] = -1000
         self.check_cells()
 
     def histories(self, sequence: Sequence) -> list[int]:
@@ -293,9 +333,10 @@ class Simulation:
             result.append(history)
         return result
 
-    def cell(self, sequence: Sequence, position: int) -> int:
-        size = self.scheduler.block_size
-        return sequence.block_ids[position // size] * size + position % size
+    def cell(self, sequence: Sequence, group: int, position: int) -> int:
+        size, table = self.block_size, sequence.tables[group]
+        assert position // size >= table.first
+        return table.block_ids[position // size - table.first] * size + position % size
 
     def check_order(self, running: list[Sequence], waiting: list[Sequence], decoding: list[Sequence], chunks: list[ScheduledChunk]) -> None:
         """Who may go first; `running`, `waiting` and `decoding` are from before schedule()."""
@@ -326,7 +367,10 @@ class Simulation:
         if scheduler.waiting and has_place and not preempted:
             first = scheduler.waiting[0]
             if budget_left or first.purpose is Purpose.RECEIVE:
-                assert self.pool.num_available < -(-len(first.tokens) // scheduler.block_size)  # no room is left idle
+                assert any(  # no room is left idle
+                    pool.num_available < min(self.groups.num_blocks(len(first.tokens)), most or len(first.tokens))
+                    for pool, most in zip(self.pools, self.most_blocks, strict=True)
+                )
 
     def check_chunks(self, decoding: list[Sequence], chunks: list[ScheduledChunk]) -> None:
         sizes = [chunk.num_tokens for chunk in chunks]
@@ -338,38 +382,68 @@ class Simulation:
             sequence = chunk.sequence
             assert sequence in self.scheduler.running
             assert 1 <= chunk.num_tokens <= sequence.num_uncomputed
-            assert sequence.num_computed + chunk.num_tokens <= len(sequence.block_ids) * self.scheduler.block_size
+            assert all(sequence.num_computed + chunk.num_tokens <= table.end * self.block_size for table in sequence.tables)
 
     def check_blocks(self) -> None:
-        """The pool's balance, and that a block in two tables has one content."""
-        pool, size = self.pool, self.scheduler.block_size
-        assert pool.num_free + pool.num_cached + pool.num_owned + pool.num_quarantined == pool.num_blocks
-        assert pool.num_quarantined == len(self._quarantined)
+        """The pools' balance, that a block in two tables has one content, and that nobody keeps what lies behind its window."""
+        size = self.block_size
+        for group, pool in enumerate(self.pools):
+            assert pool.num_free + pool.num_cached + pool.num_owned + pool.num_quarantined == pool.num_blocks
+            assert pool.num_quarantined == sum(of == group for of, _ in self._quarantined)
         for sequence in self.scheduler.waiting:
-            assert (sequence.block_ids, sequence.num_computed, sequence.num_sealed) == ([], 0, 0)
-        users: dict[int, set[tuple[int, int]]] = {}
+            assert (sequence.tables, sequence.num_computed, sequence.num_sealed) == ([], 0, 0)
+        users: dict[tuple[int, int], set[tuple[int, int]]] = {}
         for sequence in self.owners():
-            assert len(set(sequence.block_ids)) == len(sequence.block_ids) <= -(-len(sequence.tokens) // size)
             histories = self.histories(sequence)
-            for index, block_id in enumerate(sequence.block_ids):
-                end = (index + 1) * size
-                # What the block is to hold: its content once computed, else a mark that nobody else has.
-                holds = (histories[end - 1], index) if end <= sequence.num_computed else (-id(sequence), index)
-                users.setdefault(block_id, set()).add(holds)
+            for group, (table, most) in enumerate(zip(sequence.tables, self.most_blocks, strict=True)):
+                assert len(set(table.block_ids)) == len(table.block_ids) <= (most or len(table.block_ids))
+                assert table.end <= self.groups.num_blocks(len(sequence.tokens))
+                if sequence not in self.scheduler.reserved.values():
+                    first, kept = (at(group, sequence.num_computed) for at in (self.groups.first_block, self.groups.first_kept))
+                    assert kept <= table.first <= first
+                for block, block_id in enumerate(table.block_ids, table.first):
+                    end = (block + 1) * size
+                    # What the block is to hold: its content once computed, else a mark that nobody else has.
+                    holds = (histories[end - 1], block) if end <= sequence.num_computed else (-id(sequence), block)
+                    users.setdefault((group, block_id), set()).add(holds)
         assert all(len(contents) == 1 for contents in users.values())
-        assert len(users) == pool.num_owned
+        assert [sum(of == group for of, _ in users) for group in range(len(self.pools))] == [pool.num_owned for pool in self.pools]
         assert not self._quarantined & users.keys()
 
     def check_cells(self) -> None:
-        """Every computed token of every sequence has its own keys and values behind it."""
+        """Every computed token that the next one sees, in every group of layers, has its own keys and values behind it."""
         for sequence in self.owners():
-            histories = self.histories(sequence)
-            written = [self.cells[self.cell(sequence, position)] for position in range(sequence.num_computed)]
-            assert written == histories[: sequence.num_computed]
+            histories, end = self.histories(sequence), sequence.num_computed
+            for group, window in enumerate(self.groups.windows):
+                first = 0 if window is None else max(end - window + 1, 0)
+                if sequence in self.scheduler.reserved.values():  # what a peer need not fill may be missing
+                    first = max(first, sequence.tables[group].first * self.block_size)
+                seen = range(first, max(first, end))
+                assert [self.cells[group, self.cell(sequence, group, position)] for position in seen] == histories[seen.start : seen.stop]
 
     def owners(self) -> list[Sequence]:
         scheduler = self.scheduler
         return [*scheduler.running, *scheduler.reserved.values(), *scheduler.held.values()]
+
+
+@st.composite
+def simulations(draw: st.DrawFn, num_blocks: int, block_size: int) -> Simulation:
+    """Whose sequences have at most `num_blocks` blocks of tokens: of a model that keeps all tokens, a window only, or both in KV groups."""
+    chunk_tokens = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+    windows = draw(st.lists(st.integers(1, 3 * block_size + 1), max_size=2, unique=True))
+    keeps_all = not windows or draw(st.booleans())
+    groups = KVGroups((None, *windows) if keeps_all else tuple(windows), block_size)
+    sizes = [num_blocks]
+    for group in range(1, len(groups.windows)) if keeps_all else range(len(windows)):
+        least = min(num_blocks, groups.most_blocks(group, max(chunk_tokens)) or num_blocks)
+        sizes[group:] = [draw(st.integers(least, num_blocks))]
+    return Simulation(
+        num_blocks=sizes,
+        windows=groups.windows,
+        block_size=block_size,
+        max_num_seqs=draw(st.integers(1, 5)),
+        chunk_tokens=chunk_tokens,
+    )
 
 
 def prompt(first: int, length: int) -> tuple[int, ...]:
@@ -378,4 +452,6 @@ def prompt(first: int, length: int) -> tuple[int, ...]:
 
 
 def make_simulation(*, num_blocks: int = 8, block_size: int = 4, max_num_seqs: int = 4, chunk_tokens: int = 16) -> Simulation:
-    return Simulation(num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs, chunk_tokens=[chunk_tokens])
+    return Simulation(
+        num_blocks=[num_blocks], windows=(None,), block_size=block_size, max_num_seqs=max_num_seqs, chunk_tokens=[chunk_tokens]
+    )

@@ -72,7 +72,7 @@ def copy_blocks(source: EngineCore, done: PrefillProgress, target: EngineCore, r
     assert source.layout_fingerprint == target.layout_fingerprint
     first = reserved.num_cached_tokens // target.block_size
     for from_id, to_id in zip(done.block_ids[first:], reserved.block_ids[first:], strict=True):
-        target._runner.pool[to_id] = source._runner.pool[from_id]
+        target._runner.pools[0][to_id] = source._runner.pools[0][from_id]
 
 
 def hand_over(source: EngineCore, target: EngineCore, request: EngineRequest) -> list[Event]:
@@ -221,7 +221,7 @@ def test_landed_when_the_block_of_the_last_token_is_new_needs_no_other_block_of_
     reserved = reserve(target, make_request())
     done = prefill(source, make_request())[-1]
     assert done.first_tokens is not None
-    target._runner.pool[reserved.block_ids[-1]] = source._runner.pool[done.block_ids[-1]]
+    target._runner.pools[0][reserved.block_ids[-1]] = source._runner.pools[0][done.block_ids[-1]]
     events = target.landed("r", done.first_tokens) + drain(target)
     assert token_ids(events) == expected
     assert {event.cached_tokens for event in token_events(events)} == {32}
@@ -235,7 +235,7 @@ def test_compute_here_when_a_part_has_landed_computes_the_rest(make_core: MakeCo
     reserved = reserve(target, request)
     done = prefill(source, request)[-1]
     for index in range(num_landed // 16):
-        target._runner.pool[reserved.block_ids[index]] = source._runner.pool[done.block_ids[index]]
+        target._runner.pools[0][reserved.block_ids[index]] = source._runner.pools[0][done.block_ids[index]]
     target.compute_here("r", num_landed)
     events = drain(target)
     assert token_ids(events) == token_ids(expected)
@@ -274,7 +274,7 @@ def test_quarantine_when_a_peer_writes_on_computes_the_prompt_in_other_blocks(ma
     assert stats.uncomputed_prompt_tokens == 40
     events: list[Event] = []
     while core.has_work:
-        core._runner.pool[list(reserved.block_ids)] = float("nan")
+        core._runner.pools[0][list(reserved.block_ids)] = float("nan")
         events += core.step()
     for choice in range(2):
         assert token_ids(events, choice) == token_ids(expected, choice)

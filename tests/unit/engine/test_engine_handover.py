@@ -80,7 +80,7 @@ async def settle(is_so: Callable[[], bool]) -> None:
 
 def copy_blocks(source: EngineCore, source_ids: Sequence[int], target: EngineCore, target_ids: Sequence[int]) -> None:
     for from_id, to_id in zip(source_ids, target_ids, strict=True):
-        target._runner.pool[to_id] = source._runner.pool[from_id]
+        target._runner.pools[0][to_id] = source._runner.pools[0][from_id]
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -313,7 +313,7 @@ def test_quarantine_when_a_peer_may_still_write_returns_its_blocks_and_computes_
             assert reserved.num_cached_tokens == 32
             block_ids = engine.quarantine("r")
             assert block_ids == reserved.block_ids[2:]
-            core._runner.pool[list(block_ids)] = float("nan")
+            core._runner.pools[0][list(block_ids)] = float("nan")
             assert await inbox.token_ids() == expected
             assert engine.stats().blocks_quarantined == 1
             engine.lift_quarantine(block_ids)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import event, given, settings
 
 from services.engine.sequence import Purpose, Sequence
-from tests.unit.engine.simulation import Answer, Arrival, Peer, Simulation, make_simulation, prompt
+from tests.unit.engine.simulation import Answer, Arrival, Peer, Simulation, make_simulation, prompt, simulations
 
 BUSY = 10**6  # ticks: a peer that does not answer while a test looks
 
@@ -35,13 +35,7 @@ def scenarios(draw: st.DrawFn) -> tuple[Simulation, list[Arrival]]:
                 ),
             )
         )
-    simulation = Simulation(
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_num_seqs=draw(st.integers(1, 5)),
-        chunk_tokens=draw(st.lists(st.integers(1, 12), min_size=1, max_size=3)),
-    )
-    return simulation, arrivals
+    return draw(simulations(num_blocks, block_size)), arrivals
 
 
 @settings(max_examples=400, deadline=None)
@@ -77,7 +71,7 @@ def test_schedule_when_a_request_is_reserved_takes_all_blocks_of_its_prompt_and_
     sequence = simulation.add(receive(0, 9), 0)
     assert simulation.step() == []
     assert simulation.scheduler.admitted == [sequence]
-    assert (len(sequence.block_ids), sequence.num_computed, simulation.pool.num_owned) == (3, 0, 3)
+    assert (len(sequence.tables[0].block_ids), sequence.num_computed, simulation.pool.num_owned) == (3, 0, 3)
     assert not simulation.scheduler.has_work
     assert simulation.step() == []
     assert simulation.scheduler.admitted == []
@@ -150,7 +144,7 @@ def test_hold_when_a_prefill_is_computed_keeps_its_blocks_but_no_place() -> None
     held = simulation.add(make_prefill(0, 9), 0)
     simulation.step()
     assert simulation.scheduler.held == {"0": held}
-    assert (len(held.block_ids), simulation.pool.num_owned) == (3, 3)
+    assert (len(held.tables[0].block_ids), simulation.pool.num_owned) == (3, 3)
     following = simulation.add(make_prefill(1, 5), 1)
     assert [chunk.sequence for chunk in simulation.step()] == [following]
     simulation.let_go(held)
@@ -162,7 +156,7 @@ def test_start_when_all_has_landed_publishes_the_full_blocks_and_decodes_without
     sequence = reserve(simulation, receive(0, 10, max_tokens=3), 0)
     simulation.answer("0")
     assert (sequence.num_computed, sequence.num_sealed, sequence.purpose) == (10, 2, Purpose.GENERATE)
-    assert simulation.pool.match_prefix(sequence.block_hashes) == sequence.block_ids[:2]
+    assert simulation.pool.match_prefix(sequence.block_hashes) == sequence.tables[0].block_ids[:2]
     assert [(chunk.sequence, chunk.num_tokens) for chunk in simulation.step()] == [(sequence, 1)]
 
 
@@ -171,7 +165,7 @@ def test_start_when_a_part_has_landed_publishes_that_and_computes_the_rest() -> 
     sequence = reserve(simulation, receive(0, 10), 0)
     simulation.write(sequence, 0, 4)
     simulation.scheduler.start("0", 4)
-    assert simulation.pool.match_prefix(sequence.hash_full_blocks(4)) == sequence.block_ids[:1]
+    assert simulation.pool.match_prefix(sequence.hash_full_blocks(4)) == sequence.tables[0].block_ids[:1]
     assert [(chunk.sequence, chunk.num_tokens) for chunk in simulation.step()] == [(sequence, 6)]
 
 
@@ -190,7 +184,7 @@ def test_start_when_there_are_choices_then_they_find_the_landed_prompt_in_the_ca
     simulation.answer("0")
     chunks = simulation.step()
     assert [(chunk.sequence.choice, chunk.num_tokens) for chunk in chunks] == [(0, 1), (1, 2), (2, 2)]
-    assert len({tuple(chunk.sequence.block_ids[:2]) for chunk in chunks}) == 1
+    assert len({tuple(chunk.sequence.tables[0].block_ids[:2]) for chunk in chunks}) == 1
 
 
 def test_quarantine_when_a_peer_may_still_write_takes_only_the_blocks_that_are_not_shared() -> None:

@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +35,25 @@ def test_load_model_when_given_memory_puts_the_pool_there_block_by_block(checkpo
     """As a process does: a mapped memfd, which another process could map as well."""
     descriptor = os.memfd_create("kv")
 
-    def allocate(num_blocks: int, block_bytes: int) -> mmap.mmap:
-        assert (num_blocks, block_bytes) == (8, BLOCK_BYTES)
-        os.ftruncate(descriptor, num_blocks * block_bytes)
-        return mmap.mmap(descriptor, num_blocks * block_bytes)
+    def allocate(regions: Sequence[tuple[int, int]]) -> mmap.mmap:
+        assert regions == [(8, BLOCK_BYTES)]
+        os.ftruncate(descriptor, 8 * BLOCK_BYTES)
+        return mmap.mmap(descriptor, 8 * BLOCK_BYTES)
 
     core = load_model(checkpoint, SETTINGS, allocate_kv=allocate).core
-    assert (core.num_blocks, core.block_bytes, core.block_size) == (8, BLOCK_BYTES, 16)
+    assert (core.pool.num_blocks, core.block_bytes, core.block_size) == (8, BLOCK_BYTES, 16)
     assert generate(core) == generate(load_model(checkpoint, SETTINGS).core)
     for block_id in core.pool.match_prefix(list(core.pool._block_of)):
         there = os.pread(descriptor, core.block_bytes, block_id * core.block_bytes)
         assert any(there)
-        assert there == core._runner.pool[block_id].numpy().tobytes()
+        assert there == core._runner.pools[0][block_id].numpy().tobytes()
     os.close(descriptor)
 
 
 def test_load_model_when_given_memory_that_is_larger_uses_its_beginning(checkpoint: Path) -> None:
     memory = bytearray(10 * BLOCK_BYTES)
     core = load_model(checkpoint, SETTINGS, allocate_kv=lambda *_: memory).core
-    core._runner.pool.fill_(1.0)
+    core._runner.pools[0].fill_(1.0)
     assert any(memory[8 * BLOCK_BYTES - 4 : 8 * BLOCK_BYTES])
     assert not any(memory[8 * BLOCK_BYTES :])
 

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import event, given, settings
 
-from tests.unit.engine.simulation import Arrival, Simulation, prompt
+from tests.unit.engine.simulation import Arrival, Simulation, prompt, simulations
 from tests.unit.engine.simulation import make_simulation as make
 
 
@@ -32,13 +32,7 @@ def scenarios(draw: st.DrawFn, *, most_choices: int) -> tuple[Simulation, list[A
                 tenant=draw(st.sampled_from([0, 0, 0, 1])),
             )
         )
-    simulation = Simulation(
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_num_seqs=draw(st.integers(1, 5)),
-        chunk_tokens=draw(st.lists(st.integers(1, 12), min_size=1, max_size=3)),
-    )
-    return simulation, arrivals
+    return draw(simulations(num_blocks, block_size)), arrivals
 
 
 @settings(max_examples=250, deadline=None)
@@ -50,6 +44,7 @@ def test_schedule_when_requests_come_and_go_then_the_oldest_always_advances_and_
     simulation.run(arrivals)
     event(f"preempted: {simulation.scheduler.num_preemptions > 0}")
     event(f"prefix hit: {simulation.scheduler.num_cached_tokens > 0}")
+    event(f"windows: {simulation.groups.windows}")
 
 
 @settings(max_examples=150, deadline=None)
@@ -79,7 +74,7 @@ def test_schedule_when_a_sequence_is_preempted_then_it_keeps_its_tokens_and_its_
     assert [chunk.sequence for chunk in chunks] == [old]
     assert simulation.scheduler.waiting == [young, late]
     assert len(young.tokens) == num_tokens
-    assert (young.block_ids, young.num_computed) == ([], 0)
+    assert (young.tables, young.num_computed) == ([], 0)
 
 
 def test_schedule_when_the_youngest_itself_finds_no_block_preempts_itself() -> None:
@@ -165,7 +160,7 @@ def test_schedule_when_several_choices_start_then_they_share_the_full_blocks_of_
     simulation.add(Arrival(prompt=prompt(0, 10), max_tokens=6, choices=3), 0)
     simulation.step()
     simulation.step()
-    tables = [sequence.block_ids for sequence in simulation.scheduler.running]
+    tables = [sequence.tables[0].block_ids for sequence in simulation.scheduler.running]
     assert len(tables) == 3
     assert Counter(block_id for table in tables for block_id in table) == {
         **dict.fromkeys(tables[0][:2], 3),

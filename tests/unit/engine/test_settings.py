@@ -65,7 +65,7 @@ def test_load_model_when_max_model_len_is_beyond_the_checkpoint_raises(checkpoin
 
 
 def test_load_model_when_the_pool_is_smaller_than_a_block_raises(checkpoint: Path) -> None:
-    with pytest.raises(InvalidRequest, match="kv_memory_bytes: 4095 is less than one block") as caught:
+    with pytest.raises(InvalidRequest, match="kv_memory_bytes: 4095 is less than one sequence needs") as caught:
         load_model(checkpoint, EngineSettings(block_size=16, kv_memory_bytes=BLOCK_BYTES - 1))
     assert caught.value.limit == BLOCK_BYTES
 

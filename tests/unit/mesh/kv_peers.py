@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import uvloop
 
-from services.mesh.kv_memory import KVMemory
+from services.mesh.kv_memory import KVMemory, KVRegion
 from services.mesh.kv_wire import FRAME_BYTES, HELLO_BYTES, Frame, FrameKind, Hello, KVEndpoint, layout_digest
 
 LAYOUT = b"a layout"
@@ -57,7 +57,7 @@ def _descriptors() -> dict[str, str]:
 @contextmanager
 def filled_memory(num_blocks: int, seed: int, *, block_bytes: int = BLOCK_BYTES) -> Iterator[KVMemory]:
     """A pool of random bytes."""
-    with KVMemory(num_blocks, block_bytes) as memory:
+    with KVMemory([(num_blocks, block_bytes)]) as memory:
         memory.buffer[:] = random.Random(seed).randbytes(memory.pool_bytes)
         yield memory
 
@@ -68,8 +68,8 @@ def block_bytes(memory: KVMemory, block_id: int) -> bytes:
 
 def assert_only_changed(memory: KVMemory, before: bytes, block_ids: set[int]) -> None:
     """All blocks but `block_ids` are as they were."""
-    old = np.frombuffer(before, np.uint8).reshape(memory.blocks.shape)
-    changed = set(np.nonzero((memory.blocks != old).any(axis=1))[0].tolist())
+    old = np.frombuffer(before, np.uint8).reshape(memory.blocks[0].shape)
+    changed = set(np.nonzero((memory.blocks[0] != old).any(axis=1))[0].tolist())
     assert changed <= block_ids
 
 
@@ -147,8 +147,7 @@ def hello(endpoint: KVEndpoint, *, access_key: bytes | None = None, layout: byte
     """The hello that this endpoint expects, or a wrong one."""
     return Hello(
         access_key=access_key or endpoint.access_key,
-        layout_digest=layout_digest(layout),
-        block_bytes=endpoint.block_bytes,
+        layout_digest=layout_digest(layout, [region.block_bytes for region in endpoint.regions]),
         checksum=checksum,
     )
 
@@ -166,8 +165,7 @@ class RawReceiver:
             tcp_address=f"127.0.0.1:{self._listener.getsockname()[1]}",
             grpc=False,
             access_key=bytes(16),
-            pool_bytes=num_blocks * block_bytes,
-            block_bytes=block_bytes,
+            regions=(KVRegion(num_blocks, block_bytes),),
         )
 
     async def welcome(self, answer: Frame | None = None) -> None:

@@ -12,7 +12,7 @@ from protos.baton.v1 import common_pb2, decode_pb2, prefill_pb2
 from services.core.errors import InvalidRequest
 from services.core.types import FinishReason, SamplingParams, TokenLogprobs
 from services.mesh import convert
-from services.mesh.kv_transport import KVEndpoint
+from services.mesh.kv_transport import KVEndpoint, KVRegion
 
 U32 = st.integers(0, 2**32 - 1)
 FLOAT = st.floats(allow_nan=False)
@@ -214,8 +214,7 @@ def test_first_difference_when_two_workers_are_compared_names_what_forbids_a_tra
         tcp_address=st.text(),
         grpc=st.booleans(),
         access_key=st.binary(),
-        pool_bytes=st.integers(0, 2**64 - 1),
-        block_bytes=st.integers(0, 2**64 - 1),
+        regions=st.lists(st.builds(KVRegion, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))).map(tuple),
     )
 )
 def test_endpoint_when_sent_gives_equal_values_back(endpoint: KVEndpoint) -> None:

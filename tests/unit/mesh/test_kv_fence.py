@@ -24,7 +24,7 @@ async def hear_stop(peer: RawSender, transfer: IncomingTransfer) -> None:
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_fence_when_nobody_has_opened_it_is_immediate_and_later_opens_are_refused(transport: str) -> None:
     async def main() -> None:
-        with KVMemory(4, BLOCK_BYTES) as target, KVMemory(4, BLOCK_BYTES) as source:
+        with KVMemory([(4, BLOCK_BYTES)]) as target, KVMemory([(4, BLOCK_BYTES)]) as source:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT, transports=[transport]) as sender,
@@ -44,7 +44,7 @@ def test_fence_when_nobody_has_opened_it_is_immediate_and_later_opens_are_refuse
 
 def test_fence_when_blocks_came_inline_is_immediate_and_later_ones_are_refused() -> None:
     async def main() -> None:
-        with KVMemory(4, BLOCK_BYTES) as target:
+        with KVMemory([(4, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 transfer = receiver.grant([0, 1])
                 transfer.land_inline(0, BLOCK, block_checksum(BLOCK))
@@ -58,7 +58,7 @@ def test_fence_when_blocks_came_inline_is_immediate_and_later_ones_are_refused()
 
 def test_tcp_fence_when_the_sender_stalls_inside_a_block_ends_its_connection() -> None:
     async def main() -> None:
-        with KVMemory(4, BLOCK_BYTES) as target:
+        with KVMemory([(4, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=["tcp"]) as receiver:
                 with await RawSender.join(receiver.endpoint, "tcp") as peer, await RawSender.join(receiver.endpoint, "tcp") as other:
                     stalled, neighbour, elsewhere, unopened = (receiver.grant([block_id]) for block_id in range(4))
@@ -84,7 +84,7 @@ def test_tcp_fence_when_the_sender_stalls_inside_a_block_ends_its_connection() -
 
 def test_tcp_fence_when_the_block_on_its_way_arrives_in_time_keeps_the_connection() -> None:
     async def main() -> None:
-        with KVMemory(4, BLOCK_BYTES) as target:
+        with KVMemory([(4, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=["tcp"]) as receiver:
                 with await RawSender.join(receiver.endpoint, "tcp") as peer:
                     fenced, neighbour = receiver.grant([0, 1]), receiver.grant([2])
@@ -111,7 +111,7 @@ def test_tcp_fence_when_the_block_on_its_way_arrives_in_time_keeps_the_connectio
 
 def test_shm_fence_when_the_sender_lives_is_acknowledged_and_ends_its_sending() -> None:
     async def main() -> None:
-        with filled_memory(4, 1) as source, KVMemory(4, BLOCK_BYTES) as target:
+        with filled_memory(4, 1) as source, KVMemory([(4, BLOCK_BYTES)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT, transports=["shm"]) as sender,
@@ -136,7 +136,7 @@ def test_shm_fence_when_the_sender_lives_is_acknowledged_and_ends_its_sending() 
 @pytest.mark.parametrize("ends_by", ["STOPPED", "end of the connection", "breaking the protocol"])
 def test_shm_fence_when_the_sender_does_not_answer_fails_until_it_is_out(ends_by: str) -> None:
     async def main() -> None:
-        with KVMemory(4, BLOCK_BYTES) as target:
+        with KVMemory([(4, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 with await RawSender.join(receiver.endpoint, "shm") as peer:
                     transfer = receiver.grant([0])
@@ -164,7 +164,7 @@ def test_shm_fence_when_the_sender_does_not_answer_fails_until_it_is_out(ends_by
 
 def test_shm_fence_when_cancelled_leaves_the_transfer_ended_and_waitable() -> None:
     async def main() -> None:
-        with KVMemory(4, BLOCK_BYTES) as target:
+        with KVMemory([(4, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 with await RawSender.join(receiver.endpoint, "shm") as peer:
                     transfer = receiver.grant([0])
@@ -185,7 +185,7 @@ def test_shm_fence_when_cancelled_leaves_the_transfer_ended_and_waitable() -> No
 @pytest.mark.parametrize("inside_a_block", [False, True])
 def test_connection_when_it_drops_ends_the_transfers_that_used_it_and_no_others(transport: str, inside_a_block: bool) -> None:
     async def main() -> None:
-        with KVMemory(4, BLOCK_BYTES) as target:
+        with KVMemory([(4, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 with await RawSender.join(receiver.endpoint, transport) as peer:
                     used, unused = receiver.grant([0, 1]), receiver.grant([2])
@@ -207,7 +207,7 @@ def test_connection_when_it_drops_ends_the_transfers_that_used_it_and_no_others(
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_receiver_when_closed_ends_both_sides_of_every_transfer(transport: str) -> None:
     async def main() -> None:
-        with filled_memory(4, 1) as source, KVMemory(4, BLOCK_BYTES) as target:
+        with filled_memory(4, 1) as source, KVMemory([(4, BLOCK_BYTES)]) as target:
             async with KVSender(source, layout_fingerprint=LAYOUT) as sender:
                 async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=[transport]) as receiver:
                     opened, unopened = receiver.grant([0]), receiver.grant([1])
@@ -229,7 +229,7 @@ def test_receiver_when_closed_ends_both_sides_of_every_transfer(transport: str) 
 
 def test_receiver_when_closed_before_a_shm_sender_is_out_never_calls_it_fenced() -> None:
     async def main() -> None:
-        with KVMemory(4, BLOCK_BYTES) as target:
+        with KVMemory([(4, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 peer = await RawSender.join(receiver.endpoint, "shm")
                 transfer = receiver.grant([0])
@@ -244,7 +244,7 @@ def test_receiver_when_closed_before_a_shm_sender_is_out_never_calls_it_fenced()
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_sender_when_closed_ends_its_transfers_at_the_receiver(transport: str) -> None:
     async def main() -> None:
-        with filled_memory(4, 1) as source, KVMemory(4, BLOCK_BYTES) as target:
+        with filled_memory(4, 1) as source, KVMemory([(4, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=[transport]) as receiver:
                 async with KVSender(source, layout_fingerprint=LAYOUT) as sender:
                     incoming = receiver.grant([0, 1])
@@ -269,7 +269,7 @@ def test_stop_when_blocks_are_queued_reads_the_pool_no_more(transport: str) -> N
 
     async def main() -> None:
         num_blocks, size = 96, 1 << 20
-        with filled_memory(num_blocks, 1, block_bytes=size) as source, KVMemory(num_blocks, size) as target:
+        with filled_memory(num_blocks, 1, block_bytes=size) as source, KVMemory([(num_blocks, size)]) as target:
             old, new = bytes(source.buffer), b"\xff" * source.pool_bytes
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT, transports=[transport]) as receiver,
@@ -334,7 +334,7 @@ def test_tcp_stop_when_the_receiver_does_not_read_ends_the_connection() -> None:
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_send_when_cancelled_ends_its_transfer_alone(transport: str) -> None:
     async def main() -> None:
-        with filled_memory(64, 1, block_bytes=1 << 20) as source, KVMemory(64, 1 << 20) as target:
+        with filled_memory(64, 1, block_bytes=1 << 20) as source, KVMemory([(64, 1 << 20)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT, transports=[transport]) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT) as sender,
@@ -361,7 +361,7 @@ def test_send_when_cancelled_ends_its_transfer_alone(transport: str) -> None:
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_open_when_cancelled_leaves_nothing_behind(transport: str) -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as source, KVMemory([(2, BLOCK_BYTES)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT, transports=[transport]) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT) as sender,
@@ -380,7 +380,7 @@ def test_open_when_cancelled_leaves_nothing_behind(transport: str) -> None:
 
 def test_inline_transfer_when_stopped_gives_no_more_blocks() -> None:
     async def main() -> None:
-        with filled_memory(4, 1) as source, KVMemory(4, BLOCK_BYTES) as target:
+        with filled_memory(4, 1) as source, KVMemory([(4, BLOCK_BYTES)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT, transports=["grpc"]) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT) as sender,

@@ -67,7 +67,7 @@ def test_transfer_when_sent_in_chunks_out_of_order_lands_exactly_where_granted(t
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_transfers_when_there_are_many_share_one_connection(transport: str) -> None:
     async def main() -> None:
-        with filled_memory(40, 1, block_bytes=4096) as source, KVMemory(40, 4096) as target:
+        with filled_memory(40, 1, block_bytes=4096) as source, KVMemory([(40, 4096)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT, transports=[transport]) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT) as sender,
@@ -112,7 +112,7 @@ def test_short_transfer_when_it_comes_after_a_long_one_does_not_wait_for_its_end
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_block_when_its_bytes_differ_from_its_checksum_fails_its_transfer_alone(transport: str) -> None:
     async def main() -> None:
-        with KVMemory(4, BLOCK_BYTES) as target:
+        with KVMemory([(4, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 with await RawSender.join(receiver.endpoint, transport) as peer:
                     spoilt, whole = receiver.grant([0, 1]), receiver.grant([2])
@@ -176,7 +176,7 @@ def test_inline_block_when_it_breaks_the_protocol_ends_the_transfer(index: int, 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_inline_block_when_a_connection_carries_the_transfer_ends_it(transport: str) -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 with await RawSender.join(receiver.endpoint, transport) as peer:
                     transfer = receiver.grant([0])
@@ -192,7 +192,7 @@ def test_inline_block_when_a_connection_carries_the_transfer_ends_it(transport: 
 
 def test_checksums_when_switched_off_let_any_bytes_land() -> None:
     async def main() -> None:
-        with filled_memory(4, 1) as source, KVMemory(4, BLOCK_BYTES) as target:
+        with filled_memory(4, 1) as source, KVMemory([(4, BLOCK_BYTES)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT, checksum=False) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT, checksum=False) as sender,
@@ -208,7 +208,7 @@ def test_checksums_when_switched_off_let_any_bytes_land() -> None:
 
 def test_grant_when_a_block_is_granted_already_or_does_not_exist_is_refused() -> None:
     async def main() -> None:
-        with KVMemory(4, 4096) as target:
+        with KVMemory([(4, 4096)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 first = receiver.grant([0, 1])
                 for block_ids in ([1, 2], [4], [-1], [2, 2], []):

@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from services.core.errors import Incompatible, InvalidRequest, PeerUnavailable, TransferFenced
-from services.mesh.kv_transport import TRANSPORTS, KVEndpoint, KVMemory, KVReceiver, KVSender
+from services.mesh.kv_transport import TRANSPORTS, KVEndpoint, KVMemory, KVReceiver, KVRegion, KVSender
 from services.mesh.kv_wire import HELLO_BYTES, Frame, FrameKind, Refusal
 from tests.unit.mesh.kv_peers import BLOCK_BYTES, LAYOUT, RawReceiver, run
 
@@ -42,7 +42,7 @@ def free_port() -> int:
 )
 def test_open_when_several_transports_are_common_takes_the_best(offered: tuple[str, ...], allowed: tuple[str, ...], agreed: str) -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as source, KVMemory([(2, BLOCK_BYTES)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT, transports=offered) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT, transports=allowed) as sender,
@@ -59,7 +59,7 @@ def test_open_when_several_transports_are_common_takes_the_best(offered: tuple[s
 
 def test_open_when_a_transport_cannot_be_reached_falls_to_the_next() -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as source, KVMemory([(2, BLOCK_BYTES)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT) as sender,
@@ -85,7 +85,7 @@ def test_open_when_a_transport_cannot_be_reached_falls_to_the_next() -> None:
 
 def test_open_when_only_grpc_was_left_tries_the_better_ones_again_later() -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as source, KVMemory([(2, BLOCK_BYTES)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT, transports=["tcp", "grpc"]) as sender,
@@ -110,7 +110,7 @@ def test_open_when_only_grpc_was_left_tries_the_better_ones_again_later() -> Non
 
 def test_open_when_the_address_is_none_falls_to_the_next() -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as source, KVMemory([(2, BLOCK_BYTES)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT, transports=["tcp", "grpc"]) as sender,
@@ -125,7 +125,7 @@ def test_open_when_the_address_is_none_falls_to_the_next() -> None:
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_open_when_the_two_sides_differ_is_incompatible_and_not_tried_by_other_means(transport: str) -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as source, KVMemory([(2, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 for layout, checksum in ((b"other", True), (LAYOUT, False)):
                     allowed = (transport, "grpc")
@@ -140,7 +140,7 @@ def test_open_when_the_two_sides_differ_is_incompatible_and_not_tried_by_other_m
 
 def test_open_when_nothing_is_common_or_the_pools_differ_is_incompatible() -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as source, KVMemory([(2, BLOCK_BYTES)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT, transports=["tcp"]) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT, transports=["shm", "grpc"]) as sender,
@@ -149,7 +149,7 @@ def test_open_when_nothing_is_common_or_the_pools_differ_is_incompatible() -> No
                 with pytest.raises(Incompatible, match="no KV transport in common"):
                     await sender.open(bytes(16), right, [0])
                 with pytest.raises(Incompatible, match="bytes"):
-                    await sender.open(bytes(16), dataclasses.replace(right, block_bytes=BLOCK_BYTES * 2), [0])
+                    await sender.open(bytes(16), dataclasses.replace(right, regions=(KVRegion(2, BLOCK_BYTES * 2),)), [0])
                 for block_id in (2, -1):
                     with pytest.raises(Incompatible, match="outside"):
                         await sender.open(bytes(16), right, [block_id])
@@ -160,7 +160,7 @@ def test_open_when_nothing_is_common_or_the_pools_differ_is_incompatible() -> No
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_open_when_the_id_is_no_id_or_in_use_is_refused(transport: str) -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as source, KVMemory([(2, BLOCK_BYTES)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT, transports=[transport]) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT) as sender,
@@ -182,7 +182,7 @@ def test_open_when_the_id_is_no_id_or_in_use_is_refused(transport: str) -> None:
 
 def test_open_when_the_key_is_wrong_is_refused_everywhere() -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as source, KVMemory([(2, BLOCK_BYTES)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT, transports=["shm", "tcp"]) as sender,
@@ -197,7 +197,7 @@ def test_open_when_the_key_is_wrong_is_refused_everywhere() -> None:
 @pytest.mark.parametrize("fault", ["not sealed", "other size", "no descriptor", "refused", "hung up"])
 def test_open_when_the_unix_socket_gives_no_sound_memory_falls_to_tcp(fault: str) -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as source, KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as source, KVMemory([(2, BLOCK_BYTES)]) as target:
             async with (
                 KVReceiver(target, layout_fingerprint=LAYOUT) as receiver,
                 KVSender(source, layout_fingerprint=LAYOUT) as sender,
@@ -234,7 +234,7 @@ def _answer_badly(listener: socket.socket, fault: str) -> None:
 @pytest.mark.parametrize("answer", [Frame(FrameKind.BLOCK), Frame(FrameKind.STOP, bytes(16)), Frame(FrameKind.WELCOME)])
 def test_sender_when_the_receiver_says_what_is_not_for_senders_ends_the_connection(answer: Frame) -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as source, RawReceiver() as receiver:
+        with KVMemory([(2, BLOCK_BYTES)]) as source, RawReceiver() as receiver:
             async with KVSender(source, layout_fingerprint=LAYOUT) as sender, asyncio.TaskGroup() as tasks:
                 opening = tasks.create_task(sender.open(b"1" * 16, receiver.endpoint, [0]))
                 await receiver.welcome()
@@ -253,7 +253,7 @@ def test_sender_when_the_receiver_says_what_is_not_for_senders_ends_the_connecti
 @pytest.mark.parametrize("num_opens", [1, 8])
 def test_connection_when_the_receiver_came_back_is_made_anew(num_opens: int) -> None:
     async def main() -> None:
-        with KVMemory(8, BLOCK_BYTES) as source, KVMemory(8, BLOCK_BYTES) as target:
+        with KVMemory([(8, BLOCK_BYTES)]) as source, KVMemory([(8, BLOCK_BYTES)]) as target:
             async with KVSender(source, layout_fingerprint=LAYOUT) as sender:
                 for _ in range(3):
                     async with KVReceiver(target, layout_fingerprint=LAYOUT, transports=["tcp"]) as receiver:

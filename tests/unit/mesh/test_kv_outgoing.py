@@ -60,7 +60,7 @@ class HeldCopies:
 async def inside_a_copy() -> AsyncIterator[tuple[HeldCopies, Connection, StreamedTransfer, asyncio.Task[object]]]:
     """A connection with one lane, which is inside the copy of the first of two blocks; the task sends them."""
     half = HeldCopies()
-    with KVMemory(2, 1 << 20) as memory, half.peer:
+    with KVMemory([(2, 1 << 20)]) as memory, half.peer:
         connection = Connection(half, memory, num_lanes=1, blocks_sent=Counter())
         try:
             opening = asyncio.create_task(connection.open(TRANSFER_ID, [0, 1]))
@@ -142,7 +142,7 @@ def test_connection_when_its_peer_reads_nothing_can_be_closed() -> None:
     async def main() -> None:
         half, sent = HeldCopies(), Counter[str]()
         half.go_on.set()
-        with KVMemory(1, 4096) as memory, half.peer:
+        with KVMemory([(1, 4096)]) as memory, half.peer:
             connection = Connection(half, memory, num_lanes=1, blocks_sent=sent)
             opening = asyncio.create_task(connection.open(TRANSFER_ID, range(100_000)))
             await half.hear()

@@ -1,6 +1,7 @@
 """What a receiver makes of peers that are wrong, hostile or broken: typed refusals, bounded everything, and no byte outside of a grant."""
 
 import asyncio
+import dataclasses
 import os
 import random
 import socket
@@ -9,7 +10,7 @@ import pytest
 
 from services.core.errors import PeerUnavailable
 from services.mesh.kv_transport import IncomingTransfer, KVMemory, KVReceiver
-from services.mesh.kv_wire import FRAME_BYTES, HELLO_BYTES, Frame, FrameKind, Hello, Refusal, block_checksum
+from services.mesh.kv_wire import FRAME_BYTES, HELLO_BYTES, Frame, FrameKind, Hello, Refusal, block_checksum, layout_digest
 from tests.unit.mesh.kv_peers import BLOCK_BYTES, LAYOUT, RawSender, assert_only_changed, filled_memory, hello, run, wait_until
 
 BLOCK = bytes(range(256)) * (BLOCK_BYTES // 256)
@@ -32,7 +33,7 @@ async def assert_serves(receiver: KVReceiver, block_id: int) -> None:
 @pytest.mark.parametrize("wrong", ["key", "layout", "block_bytes", "checksum"])
 def test_hello_when_something_differs_is_refused_with_the_reason(transport: str, wrong: str) -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 endpoint = receiver.endpoint
                 greeting, refusal = {
@@ -52,7 +53,7 @@ def test_hello_when_something_differs_is_refused_with_the_reason(transport: str,
 
 
 def _other_block_bytes(right: Hello) -> Hello:
-    return Hello(access_key=right.access_key, layout_digest=right.layout_digest, block_bytes=right.block_bytes * 2, checksum=right.checksum)
+    return dataclasses.replace(right, layout_digest=layout_digest(LAYOUT, [BLOCK_BYTES * 2]))
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
@@ -66,7 +67,7 @@ def _other_block_bytes(right: Hello) -> Hello:
 )
 def test_hello_when_it_is_none_gets_no_answer(transport: str, greeting: bytes) -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 with await RawSender.dial(receiver.endpoint, transport) as peer:
                     peer.sock.sendall(greeting)
@@ -80,7 +81,7 @@ def test_hello_when_it_is_none_gets_no_answer(transport: str, greeting: bytes) -
 @pytest.mark.parametrize("num_bytes", [0, 10])
 def test_stranger_when_silent_is_hung_up_on(transport: str, num_bytes: int) -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, handshake_timeout_s=0.02) as receiver:
                 with await RawSender.dial(receiver.endpoint, transport) as peer:
                     if num_bytes:
@@ -92,7 +93,7 @@ def test_stranger_when_silent_is_hung_up_on(transport: str, num_bytes: int) -> N
 
 def test_receiver_when_closed_under_a_silent_stranger_does_not_wait_for_it() -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, handshake_timeout_s=3600) as receiver:
                 peer = await RawSender.dial(receiver.endpoint, "tcp")
                 await wait_until(lambda: len(receiver._strangers) == 1)
@@ -104,7 +105,7 @@ def test_receiver_when_closed_under_a_silent_stranger_does_not_wait_for_it() -> 
 
 def test_strangers_and_connections_when_they_are_too_many_are_turned_away() -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, max_connections=2) as receiver:
                 crowd = [await RawSender.dial(receiver.endpoint, "tcp") for _ in range(5)]
                 strangers = crowd[3:]
@@ -250,7 +251,7 @@ def test_peers_when_they_send_mutated_conversations_change_nothing_outside_of_th
 
 def test_peer_when_it_never_reads_its_answers_cannot_hold_up_the_receivers_end() -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 peer = await RawSender.join(receiver.endpoint, "tcp")
                 peer.sock.setblocking(False)
@@ -271,7 +272,7 @@ def test_peer_when_it_never_reads_its_answers_cannot_hold_up_the_receivers_end()
 
 def test_stranger_when_of_another_user_is_not_heard_over_the_unix_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT) as receiver:
                 monkeypatch.setattr(os, "getuid", lambda: 4_000_000)  # so the one who connects is somebody else
                 with await RawSender.dial(receiver.endpoint, "shm") as peer:
@@ -285,7 +286,7 @@ def test_stranger_when_of_another_user_is_not_heard_over_the_unix_socket(monkeyp
 
 def test_strangers_when_a_crowd_waits_without_a_word_do_not_keep_a_good_sender_out() -> None:
     async def main() -> None:
-        with KVMemory(2, BLOCK_BYTES) as target:
+        with KVMemory([(2, BLOCK_BYTES)]) as target:
             async with KVReceiver(target, layout_fingerprint=LAYOUT, max_connections=8, handshake_timeout_s=3600) as receiver:
                 crowd = [await RawSender.dial(receiver.endpoint, "tcp") for _ in range(40)]
                 await wait_until(lambda: len(receiver._strangers) == 8)

@@ -42,7 +42,7 @@ def test_frame_when_packed_and_unpacked_is_the_same(
     assert len(frame.pack()) == FRAME_BYTES
 
 
-WHOLE = [Frame(FrameKind.OPEN).pack(), Hello(access_key=bytes(16), layout_digest=bytes(16), block_bytes=1, checksum=False).pack()]
+WHOLE = [Frame(FrameKind.OPEN).pack(), Hello(access_key=bytes(16), layout_digest=bytes(16), checksum=False).pack()]
 
 
 @given(data=st.binary(min_size=0, max_size=2 * HELLO_BYTES), whole=st.none() | st.sampled_from(WHOLE), flags=st.booleans())
@@ -61,7 +61,7 @@ def test_frame_and_hello_when_the_bytes_are_anything_are_violations_or_what_pack
 
 
 def test_hello_when_packed_and_unpacked_is_the_same() -> None:
-    hello = Hello(access_key=os.urandom(16), layout_digest=layout_digest(b"x" * 100), block_bytes=12345, checksum=True)
+    hello = Hello(access_key=os.urandom(16), layout_digest=layout_digest(b"x" * 100, [12345]), checksum=True)
     assert Hello.unpack(hello.pack()) == hello
     unchecked = dataclasses.replace(hello, checksum=False)
     assert Hello.unpack(unchecked.pack()) == unchecked
