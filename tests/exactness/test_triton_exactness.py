@@ -23,7 +23,7 @@ def triton_decoder(workload: Workload) -> Decoder:
     return decoder
 
 
-@pytest.mark.parametrize("workload", ["gemma", "int8"], indirect=True)
+@pytest.mark.parametrize("workload", ["gemma", "int8", "latent"], indirect=True)
 def test_tokens_when_triton_computes_them_are_those_of_the_cpu(workload: Workload, triton_decoder: Decoder) -> None:
     requests = [
         replace(request, sampling=replace(request.sampling, max_tokens=NUM_TOKENS, min_tokens=0))

@@ -34,6 +34,7 @@ def test_production_kernels_compile_and_fit_every_generation() -> None:
         "decode_attention",
         "prefill_attention",
         "rope_and_write_kv",
+        "rope_and_write_latent",
         "rms_norm",
         "activate_and_mul",
         "merge_attention",
