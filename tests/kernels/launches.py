@@ -87,7 +87,7 @@ def attention(
         block_tables=tables, query_lens=query_lens, context_lens=context_lens, layout=layout, num_heads=num_heads, device=META, **planned
     )
     sinks = torch.empty(num_heads, device=META) if has_sinks else None
-    backend.paged_attention(query, pool, 3, plan, scale=0.1, softcap=softcap, sinks=sinks)
+    backend.paged_attention(query, pool, layout.num_layers - 1, plan, scale=0.1, softcap=softcap, sinks=sinks)
 
 
 def write(layout: KVLayout, num_heads: int, *, has_norm: bool) -> None:

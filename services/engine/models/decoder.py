@@ -73,17 +73,7 @@ class Decoder:
 
     def kv_layout(self, block_size: int) -> KVLayout:
         """How this model's KV blocks look."""
-        config, latent = self.config, self.config.latent
-        return KVLayout(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            block_size=block_size,
-            head_dim=latent.cell_numbers if latent else config.head_dim,
-            value_head_dim=latent.rank if latent else None,
-            is_latent=latent is not None,
-            dtype=self.dtype,
-            format=self.kv_format,
-        )
+        return kv_layout(self.config, block_size=block_size, dtype=self.dtype, kv_format=self.kv_format)
 
     def forward(self, batch: StepBatch, pool: torch.Tensor, layout: KVLayout) -> torch.Tensor:
         """Computes the batch's tokens, stores their K and V in `pool`, returns fp32 logits [R, vocab_size] of its logit rows."""
@@ -127,6 +117,21 @@ class Decoder:
         if config.logit_softcap is not None:
             logits = logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
         return logits
+
+
+def kv_layout(config: ModelConfig, *, block_size: int, dtype: torch.dtype, kv_format: KVFormat = KVFormat.PLAIN) -> KVLayout:
+    """How the KV blocks of such a model look; dtype is that of plain numbers."""
+    latent = config.latent
+    return KVLayout(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        block_size=block_size,
+        head_dim=latent.cell_numbers if latent else config.head_dim,
+        value_head_dim=latent.rank if latent else None,
+        is_latent=latent is not None,
+        dtype=dtype,
+        format=kv_format,
+    )
 
 
 def _read_layer(weights: LayerWeights, rope: tuple[torch.Tensor, torch.Tensor]) -> Layer:

@@ -3,6 +3,8 @@
 Source: DeepSeekMoE (Dai et al. 2024); groups: DeepSeek-V2 (DeepSeek-AI 2024), section 2.2.2.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -12,30 +14,31 @@ from services.engine.models.mlp import GatedMlp
 
 
 class Experts:
-    """One layer's. Computed expert by expert, each for those tokens that chose it: what a token gets is summed in the order of experts."""
+    """One layer's. Each expert computes the tokens that chose it; what a token gets from them is summed in their order."""
 
     def __init__(self, weights: LayerWeights) -> None:
         config = weights.config
         assert config.experts is not None
-        self._config = config.experts
+        self._config, self._activation = config.experts, config.activation
         # Weights of less than fp32 would be rounded again in every score: near ties between experts would fall to the wrong one.
         self._router = weights.read("mlp.gate.weight", self._config.num_routed, config.hidden_size).float()
-        size = self._config.expert_size
-        self._routed = [GatedMlp(weights, f"mlp.experts.{index}", size, bias=False) for index in range(self._config.num_routed)]
+        size, modules = self._config.expert_size, [f"mlp.experts.{index}" for index in range(self._config.num_routed)]
+        self._gate_up = [weights.linear(module, {"gate_proj": size, "up_proj": size}, config.hidden_size, bias=False) for module in modules]
+        self._down = [weights.linear(module, {"down_proj": config.hidden_size}, size, bias=False) for module in modules]
         self._shared = GatedMlp(weights, "mlp.shared_experts", size * self._config.num_shared, bias=config.mlp_bias)
 
     def __call__(self, x: torch.Tensor, backend: Backend) -> torch.Tensor:
         chosen, shares = self._route(x)
-        output = self._shared(x, backend).float()
         order = chosen.flatten().argsort(stable=True)  # the (token, choice) pairs, expert after expert
         tokens, shares = order // chosen.shape[1], shares.flatten()[order, None]
-        start = 0
-        for expert, count in zip(self._routed, chosen.flatten().bincount(minlength=len(self._routed)).tolist(), strict=True):
-            if count:
-                end = start + count
-                rows = tokens[start:end]
-                output.index_add_(0, rows, expert(x.index_select(0, rows), backend).float() * shares[start:end])
-                start = end
+        ends = chosen.flatten().bincount(minlength=len(self._down)).cumsum(0).tolist()
+        spans = [(expert, slice(start, end)) for expert, (start, end) in enumerate(pairwise([0, *ends])) if start < end]
+        inputs = x.index_select(0, tokens)
+        gate_up = torch.cat([self._gate_up[expert](inputs[span]) for expert, span in spans])
+        activated = backend.activate_and_mul(gate_up, self._activation)
+        output = self._shared(x, backend).float()
+        for expert, span in spans:
+            output.index_add_(0, tokens[span], self._down[expert](activated[span]).float() * shares[span])
         return output.to(x.dtype)
 
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
