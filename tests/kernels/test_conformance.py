@@ -134,8 +134,10 @@ def test_attention_over_latents(backend: Backend, group: int) -> None:
     check_attention(backend, [40, 1, 37, 35], [1, 1, 3, 20], heads=1, group=group, head_dim=48, value_dim=32, is_latent=True)
 
 
-def test_attention_when_values_are_narrower_than_keys(backend: Backend) -> None:
-    check_attention(backend, [40, 1, 37, 35], [1, 1, 3, 20], head_dim=48, value_dim=32)
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(48, 32), (32, 48)])
+def test_attention_when_values_are_not_as_wide_as_keys(backend: Backend, head_dim: int, value_dim: int, window: int | None) -> None:
+    check_attention(backend, [40, 1, 37, 35], [1, 1, 3, 20], head_dim=head_dim, value_dim=value_dim, window=window)
 
 
 @pytest.mark.parametrize("pattern", ["dense", "longformer", "bigbird", "longnet"])

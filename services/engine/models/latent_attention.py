@@ -26,7 +26,8 @@ from services.engine.models.layer_weights import LayerWeights
 
 # Of the norms of both latents, whatever the configuration says of the others: so in DeepSeek's code and in transformers.
 NORM_EPS = 1e-6
-# Of expanded keys and values, with what they are copied from. Where all heads of a context need more, a few at a time are expanded.
+# Of expanded keys and values, with what they are copied from, but not what a backend may copy of them. Where all heads of a context need
+# more, a few at a time are expanded.
 EXPANDED_BYTES = 256 << 20
 # New tokens that attend together when absorbed. A tile of more rows, each as wide as a latent, does not fit into a GPU's registers; so a
 # longer run of them is taken for several sequences, each of which sees 16 tokens more than the one before it.
