@@ -71,6 +71,23 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """See reference.rope_and_write_kv."""
 
+    def rope_and_write_latent(
+        self,
+        query: torch.Tensor,
+        cell: torch.Tensor,
+        pool: torch.Tensor,
+        layout: KVLayout,
+        layer: int,
+        *,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+    ) -> None:
+        """See reference.rope_and_write_latent."""
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See reference.rms_norm; x [T, H]."""
 

@@ -3,9 +3,9 @@
 Decode is bound by the bytes of the keys and values. The compiled loop reads exactly the visible cells, once, in place, with one running
 softmax per query head, so a sequence's result does not depend on its neighbours in the batch. Prefill is bound by arithmetic: one
 sequence at a time, its cached prefix and its own causal chunk are two flash calls, merged by their log-sum-exps. Both read K and V from
-the pool, as stored. What these two cannot do (quantized cells, latents, soft-capped scores, sinks, trees, lists of blocks) is computed
-densely, sequence by sequence. Specification: reference.paged_attention. Source of the running softmax: Milakov and Gimelshein 2018; of
-the merge: Dao et al. 2023 (Flash-Decoding).
+the pool, as stored. What these two cannot do (quantized cells, latents, values wider than keys, soft-capped scores, sinks, trees, lists of
+blocks) is computed densely, sequence by sequence. Specification: reference.paged_attention. Source of the running softmax: Milakov and
+Gimelshein 2018; of the merge: Dao et al. 2023 (Flash-Decoding).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from kernels import cpu_loops
 from kernels.block_lists import BlockLists
@@ -89,7 +90,7 @@ def plan_attention(
     block_lists: Sequence[BlockLists] | None = None,
 ) -> AttentionPlan:
     """See kernels.backend."""
-    is_plain = layout.format is KVFormat.PLAIN and not layout.is_latent and layout.value_dim == layout.head_dim
+    is_plain = layout.format is KVFormat.PLAIN and not layout.is_latent and layout.value_dim <= layout.head_dim
     if not (is_plain and plain_scores) or ancestors is not None or block_lists is not None:
         dense, start = [], 0
         for index, (table, query_len, context_len) in enumerate(zip(block_tables, query_lens, context_lens, strict=True)):
@@ -179,7 +180,7 @@ def paged_attention(
         parts = [_dense(query[work.start : work.end], pool, layer, plan.layout, work, scale, softcap, sinks) for work in plan.dense]
         return torch.cat(parts)
     assert softcap is None and sinks is None, "such scores have to be planned for"
-    output = torch.empty_like(query)
+    output = query.new_empty(*query.shape[:2], plan.layout.value_dim)
     decode = plan.decode
     if decode is not None:
         launch(
@@ -196,7 +197,7 @@ def paged_attention(
             as_array(output),
         )
     for prefill in plan.prefills:
-        output[prefill.start : prefill.end] = _prefill(query[prefill.start : prefill.end], pool, layer, prefill, scale)
+        output[prefill.start : prefill.end] = _prefill(query[prefill.start : prefill.end], pool, layer, plan.layout, prefill, scale)
     return output
 
 
@@ -226,15 +227,18 @@ def _dense(
     return attended.permute(2, 0, 1, 3).reshape(len(query), -1, layout.value_dim).to(query.dtype)
 
 
-def _prefill(query: torch.Tensor, pool: torch.Tensor, layer: int, plan: PrefillPlan, scale: float) -> torch.Tensor:
+def _prefill(query: torch.Tensor, pool: torch.Tensor, layer: int, layout: KVLayout, plan: PrefillPlan, scale: float) -> torch.Tensor:
     num_tokens, num_heads, head_dim = query.shape
     heads, block_size = pool.shape[2], pool.shape[3]
     group = num_heads // heads
     # KV heads are the batch and the group's query heads the heads of one call, so that K and V are shared without a copy.
     grouped = query.view(num_tokens, heads, group, head_dim).permute(1, 2, 0, 3).to(pool.dtype)
-    rows = pool.view(-1, block_size * 2 * head_dim).index_select(0, plan.head_rows + layer * heads)
-    cells = rows.view(heads, 1, -1, 2 * head_dim)[:, :, : plan.context_len].expand(-1, group, -1, -1)
+    rows = pool.view(-1, block_size * layout.cell_numbers).index_select(0, plan.head_rows + layer * heads)
+    cells = rows.view(heads, 1, -1, layout.cell_numbers)[:, :, : plan.context_len]
     key, value = cells[..., :head_dim], cells[..., head_dim:]
+    if layout.value_dim < head_dim:  # the flash kernel takes values of the keys' size only
+        value = F.pad(value, (0, head_dim - layout.value_dim))
+    key, value = key.expand(-1, group, -1, -1), value.expand(-1, group, -1, -1)
     if plan.bias is not None:
         output, _ = _flash(grouped, key, value, attn_mask=plan.bias[None, None], scale=scale)
     else:
@@ -244,4 +248,4 @@ def _prefill(query: torch.Tensor, pool: torch.Tensor, layer: int, plan: PrefillP
             prefix_output, prefix_lse = _flash(grouped, key[:, :, :prefix_len], value[:, :, :prefix_len], scale=scale)
             # softmax over two log-sum-exps is a sigmoid of their difference
             output = torch.lerp(output.float(), prefix_output.float(), torch.sigmoid(prefix_lse - lse)[..., None])
-    return output.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
+    return output[..., : layout.value_dim].permute(2, 0, 1, 3).reshape(num_tokens, num_heads, layout.value_dim)

@@ -1,7 +1,7 @@
 """The tensor functions on the CPU: PyTorch's matrix products and loops that Numba compiles. Signatures: kernels.backend."""
 
 from kernels.cpu_attention import paged_attention, plan_attention
-from kernels.cpu_elementwise import activate_and_mul, add_rms_norm, rms_norm, rope_and_write_kv
+from kernels.cpu_elementwise import activate_and_mul, add_rms_norm, rms_norm, rope_and_write_kv, rope_and_write_latent
 from kernels.kv_cells import copy_blocks
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "plan_attention",
     "rms_norm",
     "rope_and_write_kv",
+    "rope_and_write_latent",
 ]

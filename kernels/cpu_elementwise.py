@@ -82,3 +82,33 @@ def rope_and_write_kv(
         key, value = target[0, 0].transpose(0, 1).chunk(2, dim=-1)
         write_cells(pool, layout, layer, key, value, slots)
     return query
+
+
+def rope_and_write_latent(
+    query: torch.Tensor,
+    cell: torch.Tensor,
+    pool: torch.Tensor,
+    layout: KVLayout,
+    layer: int,
+    *,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+) -> None:
+    """See reference.rope_and_write_latent."""
+    latent, rotated = cell.float().tensor_split([layout.value_dim], dim=-1)
+    cos, sin = cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
+    latent = latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + eps) * norm.float()
+    key = torch.cat((latent[:, None], _rotated(rotated[:, None], cos, sin)), dim=-1)
+    write_cells(pool, layout, layer, key, key, slots)
+    query_rotated = query[..., query.shape[-1] - rotated.shape[-1] :]
+    query_rotated.copy_(_rotated(query_rotated, cos, sin))
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, H, D] by cos and sin [T, 1, D/2], in fp32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

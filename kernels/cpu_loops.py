@@ -244,10 +244,10 @@ def decode_attention(
 ) -> None:
     """Items are pairs (sequence, KV head); `scale` is in powers of two; lists as in cpu_attention.DecodePlan."""
     num_kv_heads, block_size = pool.shape[2], pool.shape[3]
-    head_dim = query.shape[2]
+    head_dim, value_dim = query.shape[2], output.shape[2]
     group = query.shape[1] // num_kv_heads
     queries = np.empty((group, head_dim), dtype=np.float32)
-    sums = np.empty((group, head_dim), dtype=np.float32)  # of the values, weighted
+    sums = np.empty((group, value_dim), dtype=np.float32)  # of the values, weighted
     totals = np.empty(group, dtype=np.float32)  # of the weights
     highest = np.empty(group, dtype=np.float32)  # score so far; weights are relative to it
     scores = np.empty(block_size, dtype=np.float32)
@@ -280,16 +280,16 @@ def decode_attention(
                 rescale = exp2(highest[g] - top)
                 highest[g] = top
                 totals[g] = totals[g] * rescale + total
-                for i in range(head_dim):
+                for i in range(value_dim):
                     sums[g, i] *= rescale
                 even = count - count % 2
                 for cell in range(0, even, 2):  # two at once: half as many passes over `sums`
                     weight, next_weight = scores[cell], scores[cell + 1]
-                    for i in range(head_dim):
+                    for i in range(value_dim):
                         sums[g, i] += weight * wide(cells[cell, head_dim + i]) + next_weight * wide(cells[cell + 1, head_dim + i])
                 for cell in range(even, count):
-                    for i in range(head_dim):
+                    for i in range(value_dim):
                         sums[g, i] += scores[cell] * wide(cells[cell, head_dim + i])
         for g in range(group):
-            for i in range(head_dim):
+            for i in range(value_dim):
                 output[sequence, kv_head * group + g, i] = narrow(sums[g, i] / totals[g], output)

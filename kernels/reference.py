@@ -79,6 +79,36 @@ def rope_and_write_kv(
     return apply_rope(query, cos[positions], sin[positions]).to(qkv.dtype)
 
 
+def rope_and_write_latent(
+    query: torch.Tensor,
+    cell: torch.Tensor,
+    pool: torch.Tensor,
+    layout: KVLayout,
+    layer: int,
+    *,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+) -> None:
+    """From one layer's projections to its queries and stored latents: the latent's norm, rotation, paged write.
+
+    query        [T, Hq, D]: the last head_dim - value_dim numbers of each head are rotated in place, the others left as they are
+    cell         [T, head_dim]: of each token value_dim numbers of latent, which are normed, and the rotated part of its key
+    positions    [T] int64, rows of cos and sin [P, (head_dim - value_dim) / 2] fp32
+    slots        as in kv_cells.write_cells; the layout is that of latents
+    norm         [value_dim] weight of the rms_norm
+    """
+    latent, rotated = cell.float().tensor_split([layout.value_dim], dim=-1)
+    angles = cos[positions], sin[positions]
+    key = torch.cat((rms_norm(latent, norm, eps)[:, None], apply_rope(rotated[:, None], *angles)), dim=-1)
+    write_cells(pool, layout, layer, key, key, slots)
+    query_rotated = query[..., query.shape[-1] - rotated.shape[-1] :]
+    query_rotated.copy_(apply_rope(query_rotated, *angles))
+
+
 def paged_attention(
     query: torch.Tensor,
     pool: torch.Tensor,

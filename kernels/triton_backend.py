@@ -174,6 +174,47 @@ def rope_and_write_kv(
     return query
 
 
+def rope_and_write_latent(
+    query: torch.Tensor,
+    cell: torch.Tensor,
+    pool: torch.Tensor,
+    layout: KVLayout,
+    layer: int,
+    *,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+) -> None:
+    """See reference.rope_and_write_latent; query and cell are contiguous and of the pool's dtype."""
+    num_tokens, num_heads, query_dim = query.shape
+    half = (layout.head_dim - layout.value_dim) // 2
+    numbers = pool[:, layer]
+    triton_kv.rope_and_write_latent[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM), num_heads + 1)](
+        query,
+        cell,
+        numbers,
+        positions,
+        slots,
+        cos,
+        sin,
+        norm,
+        num_tokens,
+        eps,
+        numbers.stride(0),
+        HEADS=num_heads,
+        QUERY=query_dim,
+        LATENT=layout.value_dim,
+        BLOCK_LATENT=triton.next_power_of_2(layout.value_dim),
+        HALF=half,
+        BLOCK_HALF=triton.next_power_of_2(half),
+        BLOCK_T=TOKENS_PER_PROGRAM,
+        BLOCK_N=layout.block_size,
+    )
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See reference.rms_norm; x [T, H] is contiguous."""
     return _norm(x, None, weight, eps)

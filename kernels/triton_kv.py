@@ -130,6 +130,60 @@ def rope_and_write_kv(
 
 
 @triton.jit
+def rope_and_write_latent(
+    query,
+    cell,
+    numbers,
+    positions,
+    slots,
+    cosines,
+    sines,
+    norm,
+    num_tokens,
+    eps,
+    number_stride,
+    HEADS: tl.constexpr,
+    QUERY: tl.constexpr,
+    LATENT: tl.constexpr,
+    BLOCK_LATENT: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Programs (tokens, head): the last 2 HALF numbers of each of HEADS heads of query [T, HEADS, QUERY] are rotated in place; of one more
+    head, cell [T, LATENT + 2 HALF], the first LATENT are normed, the others rotated, all stored."""
+    head = tl.program_id(1)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK_HALF)
+    is_token, is_column = token < num_tokens, column < HALF
+    mask = is_token[:, None] & is_column[None, :]
+    row = token.to(tl.int64)
+    target = query + (row * HEADS + head) * QUERY + (QUERY - 2 * HALF)
+    source = target
+    if head == HEADS:
+        slot = tl.load(slots + token, mask=is_token, other=0)
+        target = numbers + slot // BLOCK_N * number_stride + slot % BLOCK_N * (LATENT + 2 * HALF)
+        source = cell + row * (LATENT + 2 * HALF)
+        latent_column = tl.arange(0, BLOCK_LATENT)
+        is_latent = latent_column < LATENT
+        latent_mask = is_token[:, None] & is_latent[None, :]
+        latent = tl.load(source[:, None] + latent_column[None, :], mask=latent_mask, other=0.0).to(tl.float32)
+        factor = tl.math.rsqrt(tl.sum(latent * latent, 1) / LATENT + eps)[:, None]
+        latent = latent * factor * tl.load(norm + latent_column, mask=is_latent, other=0.0).to(tl.float32)[None, :]
+        tl.store(target[:, None] + latent_column[None, :], latent.to(numbers.dtype.element_ty), mask=latent_mask)
+        target, source = target + LATENT, source + LATENT
+    first_at = source[:, None] + column[None, :]
+    first = tl.load(first_at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(first_at + HALF, mask=mask, other=0.0).to(tl.float32)
+    angle = tl.load(positions + token, mask=is_token, other=0)[:, None] * HALF + column[None, :]
+    cosine, sine = tl.load(cosines + angle, mask=mask, other=0.0), tl.load(sines + angle, mask=mask, other=0.0)
+    stored_at = target[:, None] + column[None, :]
+    tl.store(stored_at, (first * cosine - second * sine).to(numbers.dtype.element_ty), mask=mask)
+    tl.store(stored_at + HALF, (second * cosine + first * sine).to(numbers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def copy_heads(
     source,
     target,

@@ -37,6 +37,14 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 512}
+DEEPSEEK = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
 # Name → (class prefix in transformers, configuration beyond SIZES).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("Llama", {"vocab_size": 384, "rope_parameters": LLAMA3_ROPE}),
@@ -79,6 +87,40 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "llama3_bf16": ("Llama", {"vocab_size": 384, "rope_parameters": LLAMA3_ROPE, "dtype": "bfloat16"}),
+    # Block bytes are at most an eighth of those of all heads' keys and values. Norms' epsilon: that of the latents does not follow it.
+    "deepseek_lite": (
+        "DeepseekV2",
+        {
+            **DEEPSEEK,
+            "vocab_size": 340,
+            "rms_norm_eps": 1e-2,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 24,
+            "n_routed_experts": 6,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "deepseek": (
+        "DeepseekV2",
+        {
+            **DEEPSEEK,
+            "vocab_size": 310,
+            "q_lora_rank": 40,
+            "qk_nope_head_dim": 24,
+            "v_head_dim": 16,
+            "attention_bias": True,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 3,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": {**YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 1.3},
+        },
+    ),
 }
 SHARDED = "qwen2"
 # Rotary settings that no checkpoint above has; head_dim 16.

@@ -56,6 +56,8 @@ def load_model(
             "max_model_len", f"{max_model_len} is more than the checkpoint's {config.context_tokens}", limit=config.context_tokens
         )
     kv_format = KVFormat.PLAIN if settings.kv_dtype == "auto" else KVFormat[settings.kv_dtype.upper()]
+    if kv_format is not KVFormat.PLAIN and config.latent:
+        raise InvalidRequest("kv_dtype", f"{settings.kv_dtype!r} is not for latents; only 'auto' is")
     if kv_format is KVFormat.INT4 and config.head_dim % 4:
         raise InvalidRequest("kv_dtype", f"int4 needs heads whose size 4 divides; the checkpoint's is {config.head_dim}")
     decoder = Decoder(config, reader, dtype=dtype, max_model_len=max_model_len, kv_format=kv_format, backend=backend)

@@ -5,14 +5,15 @@ mathematics and is not understood is refused: a model that runs slightly wrong i
 Knows nothing of weights or devices. Source: the configuration classes of Hugging Face transformers.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.core.errors import CheckpointError
+from services.engine.config_fields import Fields, read_json
+from services.engine.experts_config import ExpertsConfig, parse_experts_config
+from services.engine.latent_config import LatentConfig, parse_latent_config
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -21,6 +22,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
 }
 GEMMAS = ("gemma2", "gemma3")
 # In the words of config.json → in those of the kernels.
@@ -48,6 +50,8 @@ class RopeConfig:
 class ModelConfig:
     """A decoder of the Llama kind. Sizes are counts of elements; `windows` has one entry per layer (None: global attention).
 
+    num_kv_heads        in the KV cache; head_dim: of a query and a key
+    latent, experts     of families with latent attention, with a mixture of experts
     rope, window_rope   of layers with global attention, and of those with a window
     score_scale         what a query times a key is multiplied by; score_softcap, logit_softcap: see reference.paged_attention
     embedding_scale     what the embeddings are multiplied by
@@ -63,6 +67,8 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    latent: LatentConfig | None
+    experts: ExpertsConfig | None
     context_tokens: int
     rms_norm_eps: float
     rope: RopeConfig
@@ -101,19 +107,6 @@ class GenerationDefaults:
     repetition_penalty: float | None = None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError when it is missing or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError("no such file", path=str(path)) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"not readable as JSON ({error})", path=str(path)) from None
-    if not isinstance(value, dict):
-        raise CheckpointError("is not a JSON object", path=str(path))
-    return value
-
-
 def load_model_config(directory: Path) -> ModelConfig:
     """Reads `directory`/config.json. Raises CheckpointError naming the key that is missing, malformed or not supported."""
     path = directory / "config.json"
@@ -122,7 +115,7 @@ def load_model_config(directory: Path) -> ModelConfig:
 
 def parse_model_config(raw: Mapping[str, Any], *, path: str) -> ModelConfig:
     """See load_model_config; `path` is named in errors."""
-    fields = _Fields(raw, path)
+    fields = Fields(raw, path)
     architectures = raw.get("architectures") or []
     family = next((ARCHITECTURES[name] for name in architectures if name in ARCHITECTURES), None)
     if family is None:
@@ -137,20 +130,19 @@ def parse_model_config(raw: Mapping[str, Any], *, path: str) -> ModelConfig:
 
     hidden_size = fields.positive("hidden_size")
     num_heads = fields.positive("num_attention_heads")
-    num_kv_heads = fields.positive("num_key_value_heads", default=num_heads)
-    if num_heads % num_kv_heads:
-        raise fields.error("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads {num_heads}")
-    head_dim = fields.positive("head_dim", default={"qwen3": 128, "gemma2": 256, "gemma3": 256}.get(family, hidden_size // num_heads))
-    if head_dim % 2:
-        raise fields.error("head_dim", f"{head_dim} is odd, but rotary embedding needs pairs")
+    latent = parse_latent_config(fields) if family == "deepseek_v2" else None
+    num_kv_heads, head_dim = (1, latent.query_dim) if latent else _heads(fields, family, hidden_size, num_heads)
     context_tokens = fields.positive("max_position_embeddings")
     num_layers = fields.positive("num_hidden_layers")
     # Qwen2 has biases on q, k and v only and Mistral has none at all, whatever the key says.
-    attention_bias = fields.flag("attention_bias", default=False) and family in ("llama", "qwen3")
+    attention_bias = fields.flag("attention_bias", default=False) and family in ("llama", "qwen3", "deepseek_v2")
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     if dtype not in DTYPES:
         raise fields.error("dtype", f"{dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     rope, window_rope = _ropes(fields, family, context_tokens)
+    score_scale = (fields.number("query_pre_attn_scalar", default=256.0) if is_gemma else float(head_dim)) ** -0.5
+    if latent:
+        score_scale *= _score_mscale(fields, rope) ** 2
     return ModelConfig(
         family=family,
         vocab_size=fields.positive("vocab_size"),
@@ -160,6 +152,8 @@ def parse_model_config(raw: Mapping[str, Any], *, path: str) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        latent=latent,
+        experts=parse_experts_config(fields) if family == "deepseek_v2" else None,
         context_tokens=context_tokens,
         rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
         rope=rope,
@@ -168,10 +162,10 @@ def parse_model_config(raw: Mapping[str, Any], *, path: str) -> ModelConfig:
         tie_embeddings=fields.flag("tie_word_embeddings", default=is_gemma),
         qkv_bias=attention_bias or family == "qwen2",
         output_bias=attention_bias,
-        mlp_bias=fields.flag("mlp_bias", default=False) and family == "llama",
+        mlp_bias=fields.flag("mlp_bias", default=False) and family in ("llama", "deepseek_v2"),
         qk_norm=family in ("qwen3", "gemma3"),
         activation=ACTIVATIONS[activation],
-        score_scale=(fields.number("query_pre_attn_scalar", default=256.0) if is_gemma else float(head_dim)) ** -0.5,
+        score_scale=score_scale,
         score_softcap=_softcap(fields, "attn_logit_softcapping", 50.0) if family == "gemma2" else None,
         logit_softcap=_softcap(fields, "final_logit_softcapping", 30.0) if family == "gemma2" else None,
         embedding_scale=hidden_size**0.5 if is_gemma else 1.0,
@@ -188,7 +182,7 @@ def load_generation_defaults(directory: Path, config: ModelConfig) -> Generation
     if not path.exists():
         return GenerationDefaults(eos_token_ids=config.eos_token_ids)
     raw = read_json(path)
-    fields = _Fields(raw, str(path))
+    fields = Fields(raw, str(path))
     sampled = raw.get("do_sample") is not False  # the sampling keys of a greedy configuration mean nothing
 
     def optional(key: str) -> float | None:
@@ -205,7 +199,18 @@ def load_generation_defaults(directory: Path, config: ModelConfig) -> Generation
     )
 
 
-def _softcap(fields: "_Fields", key: str, default: float) -> float | None:
+def _heads(fields: Fields, family: str, hidden_size: int, num_heads: int) -> tuple[int, int]:
+    """KV heads and head size of grouped-query attention."""
+    num_kv_heads = fields.positive("num_key_value_heads", default=num_heads)
+    if num_heads % num_kv_heads:
+        raise fields.error("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads {num_heads}")
+    head_dim = fields.positive("head_dim", default={"qwen3": 128, "gemma2": 256, "gemma3": 256}.get(family, hidden_size // num_heads))
+    if head_dim % 2:
+        raise fields.error("head_dim", f"{head_dim} is odd, but rotary embedding needs pairs")
+    return num_kv_heads, head_dim
+
+
+def _softcap(fields: Fields, key: str, default: float) -> float | None:
     """null means none."""
     if key in fields.raw and fields.raw[key] is None:
         return None
@@ -215,11 +220,16 @@ def _softcap(fields: "_Fields", key: str, default: float) -> float | None:
     return value
 
 
-def _ropes(fields: "_Fields", family: str, context_tokens: int) -> tuple[RopeConfig, RopeConfig]:
-    """Of layers with global attention and of those with a window; Gemma 3 rotates these by another base and never scales them."""
+def _rope_parameters(fields: Fields) -> Mapping[str, Any]:
     raw = fields.raw.get("rope_parameters") or fields.raw.get("rope_scaling") or {}
     if not isinstance(raw, Mapping):
         raise fields.error("rope_parameters", "is not an object")
+    return raw
+
+
+def _ropes(fields: Fields, family: str, context_tokens: int) -> tuple[RopeConfig, RopeConfig]:
+    """Of layers with global attention and of those with a window; Gemma 3 rotates these by another base and never scales them."""
+    raw = _rope_parameters(fields)
     if family != "gemma3":
         rope = _rope(fields, raw, context_tokens, theta=10_000.0)
         return rope, rope
@@ -233,9 +243,9 @@ def _ropes(fields: "_Fields", family: str, context_tokens: int) -> tuple[RopeCon
     return ropes[0], ropes[1]
 
 
-def _rope(fields: "_Fields", raw: Mapping[str, Any], context_tokens: int, *, theta: float) -> RopeConfig:
+def _rope(fields: Fields, raw: Mapping[str, Any], context_tokens: int, *, theta: float) -> RopeConfig:
     """`raw`: what is said of this rotation; `theta`: the base where nothing is."""
-    inner = _Fields({**raw}, fields.path)
+    inner = Fields({**raw}, fields.path)
     theta = inner.number("rope_theta", default=fields.number("rope_theta", default=theta))
     if inner.number("partial_rotary_factor", default=fields.number("partial_rotary_factor", default=1.0)) != 1.0:
         raise fields.error("partial_rotary_factor", "only 1.0 is supported")
@@ -278,13 +288,19 @@ def _rope(fields: "_Fields", raw: Mapping[str, Any], context_tokens: int, *, the
             raise fields.error("rope_type", f"{kind!r} is not supported; supported: default, linear, llama3, yarn")
 
 
+def _score_mscale(fields: Fields, rope: RopeConfig) -> float:
+    """By what DeepSeek multiplies queries and keys, beside YaRN's attention factor, which only their rotated numbers have."""
+    inner = Fields(_rope_parameters(fields), fields.path)
+    return _yarn_mscale(rope.factor, inner.number("mscale_all_dim", default=0.0))
+
+
 def _yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _windows(fields: "_Fields", family: str, num_layers: int) -> tuple[int | None, ...]:
+def _windows(fields: Fields, family: str, num_layers: int) -> tuple[int | None, ...]:
     default = 4096 if family in ("mistral", *GEMMAS) else None  # what transformers takes when the key is absent; null means none
-    if family == "llama" or fields.raw.get("sliding_window", default) is None:
+    if family in ("llama", "deepseek_v2") or fields.raw.get("sliding_window", default) is None:
         return (None,) * num_layers
     window = fields.positive("sliding_window", default=default)
     if family == "mistral":
@@ -301,49 +317,3 @@ def _windows(fields: "_Fields", family: str, num_layers: int) -> tuple[int | Non
     if len(layer_types) != num_layers or not {"sliding_attention", "full_attention"}.issuperset(layer_types):
         raise fields.error("layer_types", f"must name {num_layers} layers of full_attention or sliding_attention")
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-
-
-class _Fields:
-    """Typed access to a parsed JSON object; every complaint names the file and the key."""
-
-    def __init__(self, raw: Mapping[str, Any], path: str) -> None:
-        self.raw = raw
-        self.path = path
-
-    def error(self, key: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{key}: {problem}", path=self.path)
-
-    def number(self, key: str, *, default: float | None = None) -> float:
-        value = self.raw.get(key)
-        if value is None:
-            if default is None:
-                raise self.error(key, "is missing")
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.error(key, f"{value!r} is not a number")
-        return float(value)
-
-    def positive(self, key: str, *, default: int | None = None) -> int:
-        value = self.raw.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(key, f"{value!r} is not a positive integer")
-        return value
-
-    def flag(self, key: str, *, default: bool) -> bool:
-        value = self.raw.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(key, f"{value!r} is not true or false")
-        return value
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        value = self.raw.get(key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(isinstance(token_id, bool) or not isinstance(token_id, int) for token_id in ids):
-            raise self.error(key, f"{value!r} is not a token id or a list of them")
-        return tuple(ids)

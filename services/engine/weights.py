@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from services.core.errors import CheckpointError
-from services.engine.model_config import read_json
+from services.engine.config_fields import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

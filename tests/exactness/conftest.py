@@ -21,6 +21,7 @@ WORKLOADS: dict[str, tuple[str, KVFormat, int, tuple[SamplingParams, ...], int]]
     "sampled": ("llama3", KVFormat.PLAIN, 100, SAMPLED, 1),
     "window": ("mistral", KVFormat.PLAIN, 16, (GREEDY[0], *SAMPLED), 60),
     "gemma": ("gemma3", KVFormat.PLAIN, 16, (GREEDY[0], *SAMPLED), 60),
+    "latent": ("deepseek", KVFormat.PLAIN, 16, (GREEDY[0], *SAMPLED), 1),
     "bf16": ("llama3_bf16", KVFormat.PLAIN, 16, (GREEDY[1], *SAMPLED), 1),
     "fp8": ("llama3", KVFormat.FP8, 16, (GREEDY[0], *SAMPLED), 1),
     "int8": ("llama3", KVFormat.INT8, 16, (GREEDY[0], *SAMPLED), 1),

@@ -16,6 +16,7 @@ from kernels.cpu_linear import WeightForm, choose_form
 from services.core.noise import choice_seed
 from services.engine.core import EngineCore
 from services.engine.loader import load_model
+from services.engine.models.attention import GroupedQueryAttention
 from services.engine.sequence import EngineRequest
 from services.engine.settings import EngineSettings
 from tests.exactness.conftest import NEAR_TIES, WORKLOADS
@@ -222,7 +223,9 @@ def test_tokens_when_loaded_as_a_process_does_are_identical(workload: Workload, 
     assert loaded.dtype == torch.float32
     assert loaded.config.dtype == "bfloat16"
     if choose_form(torch.ones(1, 1, dtype=torch.bfloat16), torch.float32) is WeightForm.HALF:
-        assert workload.decoder.layers[0].qkv.form is WeightForm.HALF
+        attention = workload.decoder.layers[0].attention
+        assert isinstance(attention, GroupedQueryAttention)
+        assert attention.qkv.form is WeightForm.HALF
     requests = [replace(request, sampling=replace(request.sampling, ignore_eos=True)) for request in workload.requests]
     check_all_identical(workload.baseline, requests, run(loaded.core, requests))
     assert check_balanced(loaded.core).largest_batch == len(requests)

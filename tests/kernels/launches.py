@@ -87,7 +87,7 @@ def attention(
         block_tables=tables, query_lens=query_lens, context_lens=context_lens, layout=layout, num_heads=num_heads, device=META, **planned
     )
     sinks = torch.empty(num_heads, device=META) if has_sinks else None
-    backend.paged_attention(query, pool, 3, plan, scale=0.1, softcap=softcap, sinks=sinks)
+    backend.paged_attention(query, pool, layout.num_layers - 1, plan, scale=0.1, softcap=softcap, sinks=sinks)
 
 
 def write(layout: KVLayout, num_heads: int, *, has_norm: bool) -> None:
@@ -106,6 +106,16 @@ def write(layout: KVLayout, num_heads: int, *, has_norm: bool) -> None:
         query_norm=norm,
         key_norm=norm,
         eps=1e-6,
+    )
+
+
+def write_latent(num_heads: int) -> None:
+    query = torch.empty(512, num_heads, 192, dtype=LATENT.dtype, device=META)
+    integers, table = torch.empty(512, dtype=torch.int64, device=META), torch.empty(4096, 32, device=META)
+    cell, norm = (torch.empty(*shape, dtype=LATENT.dtype, device=META) for shape in ((512, LATENT.head_dim), (LATENT.value_dim,)))
+    pool = LATENT.allocate(100, META)
+    backend.rope_and_write_latent(
+        query, cell, pool, LATENT, 3, positions=integers, slots=integers, cos=table, sin=table, norm=norm, eps=1e-6
     )
 
 
@@ -130,6 +140,7 @@ def grouped(
 
 
 LATENT = KVLayout(num_layers=27, num_kv_heads=1, block_size=64, head_dim=576, value_head_dim=512, is_latent=True, dtype=torch.bfloat16)
+EXPANDED = KVLayout(num_layers=1, num_kv_heads=16, block_size=64, head_dim=192, value_head_dim=128, dtype=torch.bfloat16)
 Case = Callable[[], None]
 
 
@@ -144,6 +155,8 @@ def production() -> dict[str, Case]:
         "decode in a window": partial(attention, grouped(), 32, decode, window=1024),
         "decode over latents, 16 heads": partial(attention, LATENT, 16, decode),
         "decode over latents, 128 heads": partial(attention, LATENT, 128, decode),
+        "prefill over expanded latents": partial(attention, EXPANDED, 16, [2048]),
+        "write latents": partial(write_latent, 16),
         "elementwise": partial(elementwise, torch.bfloat16),
         "copy": partial(copies, grouped(), grouped()),
         "copy to int8": partial(copies, grouped(), grouped(KVFormat.INT8)),

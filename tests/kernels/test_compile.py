@@ -10,7 +10,7 @@ from typing import Any
 from tests.kernels.compile_all import SHARED_MEMORY
 
 # Tiles of 64 rows and more; what has fewer is computed by the older instruction, for the newer would waste most of it.
-WARP_GROUP_PRODUCTS = ("prefill", "prefill by lists")
+WARP_GROUP_PRODUCTS = ("prefill", "prefill by lists", "prefill over expanded latents")
 
 
 def compiled() -> list[dict[str, Any]]:
@@ -34,6 +34,7 @@ def test_production_kernels_compile_and_fit_every_generation() -> None:
         "decode_attention",
         "prefill_attention",
         "rope_and_write_kv",
+        "rope_and_write_latent",
         "rms_norm",
         "activate_and_mul",
         "merge_attention",

@@ -134,8 +134,10 @@ def test_attention_over_latents(backend: Backend, group: int) -> None:
     check_attention(backend, [40, 1, 37, 35], [1, 1, 3, 20], heads=1, group=group, head_dim=48, value_dim=32, is_latent=True)
 
 
-def test_attention_when_values_are_narrower_than_keys(backend: Backend) -> None:
-    check_attention(backend, [40, 1, 37, 35], [1, 1, 3, 20], head_dim=48, value_dim=32)
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(48, 32), (32, 48)])
+def test_attention_when_values_are_not_as_wide_as_keys(backend: Backend, head_dim: int, value_dim: int, window: int | None) -> None:
+    check_attention(backend, [40, 1, 37, 35], [1, 1, 3, 20], head_dim=head_dim, value_dim=value_dim, window=window)
 
 
 @pytest.mark.parametrize("pattern", ["dense", "longformer", "bigbird", "longnet"])
@@ -252,6 +254,55 @@ def test_rope_and_write_kv(
     if form is KVFormat.PLAIN:
         cells, expected_cells = (one.view(torch.int32).transpose(1, 3).reshape(48, -1) for one in (pool, expected_pool))
         assert torch.equal(cells[untouched], expected_cells[untouched])
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    num_tokens=st.integers(1, 20),
+    heads=st.integers(1, 3),
+    rank=st.sampled_from([16, 24]),
+    half_dim=st.sampled_from([4, 5]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rope_and_write_latent(
+    name: BackendName, seed: int, num_tokens: int, heads: int, rank: int, half_dim: int, dtype: torch.dtype
+) -> None:
+    layout = KVLayout(
+        num_layers=2,
+        num_kv_heads=1,
+        block_size=16,
+        head_dim=rank + 2 * half_dim,
+        value_head_dim=rank,
+        is_latent=True,
+        dtype=dtype,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.randn(3, *layout.block_shape, generator=generator).to(dtype)
+    query = torch.randn(num_tokens, heads, 12 + 2 * half_dim, generator=generator).to(dtype)
+    cell = torch.randn(num_tokens, layout.head_dim, generator=generator).to(dtype)
+    angles = torch.randn(50, half_dim, generator=generator) * 3.0
+    arguments: dict[str, Any] = {
+        "positions": torch.randint(50, (num_tokens,), generator=generator),
+        "slots": torch.randperm(3 * 16, generator=generator)[:num_tokens],
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "norm": (torch.rand(rank, generator=generator) + 0.5).to(dtype),
+        "eps": 1e-2,
+    }
+    found, expected = (query.clone(), pool.clone()), (query.clone(), pool.clone())
+    backend_of(name).rope_and_write_latent(found[0], cell, found[1], layout, 1, **arguments)
+    reference.rope_and_write_latent(expected[0], cell, expected[1], layout, 1, **arguments)
+    # Once rounded numbers near a tie may fall to either side.
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-3
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one.float(), other.float(), rtol=tolerance, atol=tolerance)
+    assert torch.equal(found[0][..., :12], query[..., :12])
+    untouched = torch.ones(2, 3 * 16, dtype=torch.bool)
+    untouched[1, arguments["slots"]] = False
+    cells, before = (one.transpose(0, 1).reshape(2, 48, -1) for one in (found[1], pool))
+    assert torch.equal(cells[untouched], before[untouched])
 
 
 @pytest.mark.parametrize("form", QUANTIZED)

@@ -17,7 +17,7 @@ from services.engine.model_config import ModelConfig, load_generation_defaults, 
 from services.engine.models.decoder import Decoder
 from services.engine.settings import EngineSettings
 from services.engine.weights import INDEX_NAME, SINGLE_NAME, WeightReader
-from tests.checkpoints import LLAMA3_ROPE, SHARDED, SIZES
+from tests.checkpoints import LLAMA3_ROPE, SHARDED, SIZES, YARN_ROPE
 
 CopyCheckpoint = Callable[[str], Path]
 ABSENT = "(absent)"
@@ -103,6 +103,41 @@ def test_load_when_config_is_not_servable_names_file_and_key(
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kv_lora_rank": ABSENT}, ["kv_lora_rank", "missing"]),
+        ({"q_lora_rank": 0}, ["q_lora_rank", "0"]),
+        ({"qk_nope_head_dim": ABSENT}, ["qk_nope_head_dim", "missing"]),
+        ({"qk_rope_head_dim": 15}, ["qk_rope_head_dim", "15"]),
+        ({"v_head_dim": ABSENT}, ["v_head_dim", "missing"]),
+        ({"num_key_value_heads": 4}, ["num_key_value_heads", "8"]),
+        ({"n_routed_experts": None}, ["n_routed_experts", "missing"]),
+        ({"n_shared_experts": None}, ["n_shared_experts", "missing"]),
+        ({"num_experts_per_tok": ABSENT}, ["num_experts_per_tok", "missing"]),
+        ({"num_experts_per_tok": 5}, ["num_experts_per_tok", "5", "4"]),
+        ({"moe_intermediate_size": ABSENT}, ["moe_intermediate_size", "missing"]),
+        ({"moe_layer_freq": 2}, ["moe_layer_freq"]),
+        ({"first_k_dense_replace": -1}, ["first_k_dense_replace", "-1"]),
+        ({"topk_method": "noaux_tc"}, ["topk_method", "noaux_tc"]),
+        ({"n_group": 3}, ["n_group", "3", "8"]),
+        ({"topk_group": 5}, ["topk_group", "5", "4"]),
+        ({"topk_group": None}, ["topk_group", "missing"]),
+        ({"norm_topk_prob": True}, ["norm_topk_prob"]),
+        ({"scoring_func": "sigmoid"}, ["scoring_func", "sigmoid"]),
+        ({"routed_scaling_factor": "big"}, ["routed_scaling_factor", "big"]),
+        ({"rope_parameters": {**YARN_ROPE, "mscale_all_dim": "one"}}, ["mscale_all_dim", "one"]),
+    ],
+    ids=str,
+)
+def test_load_when_latents_or_experts_are_not_servable_names_file_and_key(
+    copy_checkpoint: CopyCheckpoint, changes: dict[str, object], words: list[str]
+) -> None:
+    directory = copy_checkpoint("deepseek")
+    edit_json(directory / "config.json", **changes)
+    check_refused(directory, directory / "config.json", *words)
+
+
+@pytest.mark.parametrize(
     "layer_types", [["full_attention"], ["full_attention", "chunked_attention", "full_attention"]], ids=["short", "unknown"]
 )
 def test_load_when_layer_types_do_not_fit_names_file_and_key(copy_checkpoint: CopyCheckpoint, layer_types: list[str]) -> None:
@@ -144,6 +179,9 @@ def test_load_when_weight_files_are_missing_names_what_was_looked_for(copy_check
         ("llama_yarn", "model.layers.0.mlp.gate_proj.bias"),
         ("llama_yarn", "model.layers.0.self_attn.o_proj.bias"),
         ("qwen3", "model.layers.2.self_attn.k_norm.weight"),
+        ("deepseek", "model.layers.0.self_attn.kv_b_proj.weight"),
+        ("deepseek", "model.layers.2.mlp.experts.7.up_proj.weight"),
+        ("deepseek_lite", "model.layers.1.mlp.gate.weight"),
     ],
 )
 def test_load_when_weight_is_missing_names_it(copy_checkpoint: CopyCheckpoint, name: str, weight: str) -> None:
@@ -157,6 +195,14 @@ def test_load_when_weight_is_left_over_names_it(copy_checkpoint: CopyCheckpoint,
     directory = copy_checkpoint("llama3")
     edit_weights(directory / SINGLE_NAME, lambda weights: weights.update({weight: torch.ones(64)}))
     check_refused(directory, directory, weight, "left over")
+
+
+def test_load_when_config_says_fewer_experts_than_there_are_names_the_rest(copy_checkpoint: CopyCheckpoint) -> None:
+    directory = copy_checkpoint("deepseek_lite")
+    edit_json(directory / "config.json", n_shared_experts=1)
+    check_refused(directory, directory, "shared_experts.gate_proj.weight", "[48, 64]", "[24, 64]")
+    edit_json(directory / "config.json", n_shared_experts=2, first_k_dense_replace=0)
+    check_refused(directory, directory, "model.layers.0.mlp.gate.weight", "missing")
 
 
 def test_load_when_many_weights_are_left_over_counts_them(copy_checkpoint: CopyCheckpoint) -> None:
@@ -253,6 +299,13 @@ def test_load_when_settings_do_not_fit_the_checkpoint_names_the_field(checkpoint
     with pytest.raises(InvalidRequest) as raised:
         load_model(checkpoints / "llama3", settings)
     assert raised.value.field == field
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8", "int8", "int4"])
+def test_load_when_latents_were_to_be_quantized_names_the_field(checkpoints: Path, kv_dtype: str) -> None:
+    with pytest.raises(InvalidRequest, match="latents") as raised:
+        load_model(checkpoints / "deepseek", EngineSettings(kv_dtype=kv_dtype))
+    assert raised.value.field == "kv_dtype"
 
 
 def test_fingerprint_when_config_or_a_weight_changes_is_another(copy_checkpoint: CopyCheckpoint, checkpoints: Path) -> None:

@@ -159,6 +159,30 @@ def test_tokens_when_keys_and_values_are_quantized_are_those_of_one_engine_that_
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("kind", ["latent"])
+def test_tokens_of_a_model_with_latents_are_those_of_one_engine_and_an_eighth_of_the_bytes_moves(
+    mesh_workload: Workload, checkpoints: Path
+) -> None:
+    """Prefilled elsewhere, which sends latents, and by decode itself."""
+
+    async def main() -> None:
+        async with open_mesh(checkpoints, checkpoint="deepseek") as mesh:
+            requests = without_eos(mesh_workload)
+            workers = [await mesh.prefill("p0"), await mesh.decode("d0")]
+            remote = await run_all(mesh, [await mesh.router(workers, max_local_tokens=ALWAYS_REMOTE)], requests)
+            local = await run_all(mesh, [await mesh.router([await mesh.decode("d1")])], requests)
+            for replies, prefill in ((remote, "p0"), (local, "")):
+                check(mesh_workload.baseline, replies)
+                assert {reply.timing.prefill_worker_id for reply in replies.values()} == {prefill}
+            moved = sum(reply.timing.kv_blocks for reply in remote.values())
+            assert moved > 0
+            kv_bytes = sum(reply.timing.kv_bytes for reply in remote.values())
+            assert kv_bytes == moved * 3 * BLOCK_SIZE * (32 + 16) * 4  # layers, tokens, the latent and the rotated key, fp32
+            assert 8 * kv_bytes <= moved * 3 * BLOCK_SIZE * 8 * (24 + 16 + 16) * 4  # of 8 heads: both parts of the key, the value
+
+    asyncio.run(main())
+
+
 @each_kind
 def test_tokens_when_decode_computes_the_prompt_are_those_of_one_engine(mesh_workload: Workload, checkpoints: Path) -> None:
     async def main() -> None:

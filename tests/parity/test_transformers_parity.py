@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from services.engine.model_config import load_model_config, parse_model_config
+from services.engine.models import latent_attention
 from services.engine.models.decoder import Decoder
 from services.engine.rope import inverse_frequencies, rope_tables
 from services.engine.weights import WeightReader
@@ -123,6 +124,18 @@ def test_logits_when_only_last_rows_are_wanted_equal_transformers(checkpoints: P
         check_close(logits[index], reference.logits[length][-1:])
 
 
+@pytest.mark.parametrize("name", ["deepseek_lite", "deepseek"])
+@pytest.mark.parametrize("expanded_bytes", [None, 1, 400_000], ids=["absorbed", "expanded by head", "expanded by several heads"])
+def test_logits_when_latents_are_only_absorbed_or_only_expanded_equal_transformers(
+    checkpoints: Path, load_decoder: LoadDecoder, monkeypatch: pytest.MonkeyPatch, name: str, expanded_bytes: int | None
+) -> None:
+    monkeypatch.setattr(latent_attention, "is_cheaper_expanded", lambda *_: expanded_bytes is not None)
+    monkeypatch.setattr(latent_attention, "EXPANDED_BYTES", expanded_bytes)
+    reference = read_reference(checkpoints, name)
+    sequences = PagedSequences(load_decoder(name), [reference.prompts[333].tolist()], block_size=16)
+    check_close(sequences.compute_in_chunks([100, 50, 1]), reference.logits[333])
+
+
 @pytest.mark.parametrize("name", WINDOWED)
 def test_logits_when_context_is_longer_than_window_depend_on_window(checkpoints: Path, load_decoder: LoadDecoder, name: str) -> None:
     """Shows that the parity above crossed the window: with another window only the tokens beyond it change."""
@@ -173,6 +186,17 @@ def test_checkpoints_have_the_features_they_are_here_for(checkpoints: Path, load
     assert configs["qwen3"].qk_norm
     assert configs["qwen3"].tie_embeddings
     assert configs["qwen3"].head_dim * configs["qwen3"].num_heads != configs["qwen3"].hidden_size
+    for name, has_query_latent, num_groups, num_eligible, rope in (
+        ("deepseek_lite", False, 1, 1, "default"),
+        ("deepseek", True, 4, 2, "yarn"),
+    ):
+        latent, experts = configs[name].latent, configs[name].experts
+        assert latent is not None and experts is not None
+        assert (latent.query_rank is not None) is has_query_latent
+        assert (experts.num_groups, experts.num_chosen_groups) == (num_groups, num_eligible)
+        assert 0 < experts.num_dense_layers < configs[name].num_layers
+        assert configs[name].rope.kind == rope
+    assert configs["deepseek"].score_scale > 1.2 * configs["deepseek"].head_dim ** -0.5
     assert configs["llama3_bf16"].dtype == "bfloat16"
     assert load_decoder("llama3_bf16").embedding.dtype == torch.bfloat16
     assert len(WeightReader(checkpoints / SHARDED).files) > 1
