@@ -4,7 +4,7 @@
 services but their standard-library words.
 """
 
-from kernels.backend import Backend, BackendName, backend_for, backend_of
+from kernels.backend import Backend, BackendName, backend_for, backend_of, capturable
 from kernels.cpu_linear import Linear
 from kernels.gumbel import gumbel_noise
 from kernels.kv_layout import KVFormat, KVLayout
@@ -17,5 +17,6 @@ __all__ = [
     "Linear",
     "backend_for",
     "backend_of",
+    "capturable",
     "gumbel_noise",
 ]

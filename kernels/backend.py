@@ -113,6 +113,17 @@ class Backend(Protocol):
         """See kv_cells.copy_blocks."""
 
 
+class CapturableBackend(Backend, Protocol):
+    """Whose plans can be used again for other lengths, in the same memory, so that a step can be captured as a CUDA graph."""
+
+    def refill_plan(self, plan: Any, *, block_tables: Sequence[Sequence[int]], context_lens: Sequence[int]) -> None:
+        """Copies other tables, none longer than the longest before, and other lengths into a plan for as many sequences, of one new token
+        each; without query_lens, which stay."""
+
+    def share_work(self, plan: Any, *, num_heads: int) -> None:
+        """Shares a refilled plan's work out again; runs on the device alone."""
+
+
 class BackendName(enum.StrEnum):
     CPU = "cpu"
     TRITON = "triton"
@@ -127,6 +138,11 @@ def backend_of(name: BackendName) -> Backend:
     from kernels import triton_backend  # only now: it takes a second, and is not installed everywhere
 
     return cast(Backend, triton_backend)
+
+
+def capturable(backend: Backend) -> CapturableBackend:
+    """The same backend, which must be Triton's."""
+    return cast(CapturableBackend, backend)
 
 
 def backend_for(device: torch.device) -> Backend:

@@ -130,10 +130,14 @@ def share_units(plan: DecodePlan, num_heads: int) -> None:
 
 
 class Workspace:
-    """Memory of one device for parts of results, kept from launch to launch; its counters are zero between launches."""
+    """Memory of one device for parts of results, kept from launch to launch; its counters are zero between launches.
+
+    What has become too small is kept as well: captured graphs go on using it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._outgrown: list[torch.Tensor] = []
         self._parts = torch.empty(0, device=device)
         self._sums = torch.empty(0, device=device)
         self._arrived = torch.zeros(0, dtype=torch.int32, device=device)
@@ -141,10 +145,13 @@ class Workspace:
     def take(self, num_slots: int, rows: int, columns: int, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Room for the parts, for their sums and maxima, and counters; at least as large as asked for."""
         if self._parts.numel() < num_slots * rows * columns:
+            self._outgrown.append(self._parts)
             self._parts = torch.empty(num_slots * rows * columns, device=self._device)
         if self._sums.numel() < num_slots * 2 * rows:
+            self._outgrown.append(self._sums)
             self._sums = torch.empty(num_slots * 2 * rows, device=self._device)
         if self._arrived.numel() < num_pairs:
+            self._outgrown.append(self._arrived)
             self._arrived = torch.zeros(num_pairs, dtype=torch.int32, device=self._device)
         return self._parts, self._sums, self._arrived
 

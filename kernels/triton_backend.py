@@ -16,10 +16,12 @@ from kernels.triton_attention import (
     MAX_DECODE_QUERY,
     DecodePlan,
     PrefillPlan,
+    padded,
     plan_decode,
     plan_prefill,
     run_decode,
     run_prefill,
+    share_units,
 )
 
 TOKENS_PER_PROGRAM = 16
@@ -79,6 +81,20 @@ def plan_attention(
             block_lists=block_lists,
         )
     return TritonPlan(decode, prefill)
+
+
+def refill_plan(plan: TritonPlan, *, block_tables: Sequence[Sequence[int]], context_lens: Sequence[int]) -> None:
+    """See kernels.backend."""
+    assert plan.decode is not None and plan.prefill is None
+    tables = padded(block_tables)
+    plan.decode.block_tables[:, : tables.shape[1]].copy_(tables)
+    plan.decode.context_lens.copy_(torch.tensor(context_lens, dtype=torch.int32))
+
+
+def share_work(plan: TritonPlan, *, num_heads: int) -> None:
+    """See kernels.backend."""
+    assert plan.decode is not None
+    share_units(plan.decode, num_heads)
 
 
 def paged_attention(

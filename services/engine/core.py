@@ -53,8 +53,6 @@ class EngineCore:
         # Some checkpoints name ids that they cannot produce.
         self._eos_token_ids = frozenset(token_id for token_id in eos_token_ids if 0 <= token_id < self.vocab_size)
         self.pools = [BlockPool(num_blocks) for num_blocks in runner.num_blocks]
-        # The first number of each pool's blocks.
-        self._first_ids = [sum(runner.num_blocks[:group]) for group in range(len(self.pools))]
         self.max_model_len = max_model_len
         self.prefix_key = prefix_key(model_fingerprint=model_fingerprint)
         self.scheduler = Scheduler(
@@ -176,7 +174,9 @@ class EngineCore:
 
     def landed(self, request_id: str, first_tokens: Tokens[SampledToken]) -> list[Event]:
         """The whole prompt of a reserved request is in its blocks, and these are its valid first tokens: decoding goes on here."""
-        first = self.scheduler.start(request_id, len(self.scheduler.reserved[request_id].tokens))
+        sequence = self.scheduler.reserved[request_id]
+        self._copy_in(sequence, len(sequence.tokens))
+        first = self.scheduler.start(request_id, len(sequence.tokens))
         first.watch = None
         group = [first, *further_choices(first)]
         return [self._append(sequence, token) for sequence, token in zip(group, first_tokens, strict=True)]
@@ -186,7 +186,9 @@ class EngineCore:
         sequence = self.scheduler.reserved[request_id]
         # Landed or not, the block of the last token is computed: somebody has to make the logits.
         num_landed_tokens = min(num_landed_tokens, len(sequence.tokens) - 1)
-        self.scheduler.start(request_id, num_landed_tokens // self.block_size * self.block_size)
+        num_landed_tokens = num_landed_tokens // self.block_size * self.block_size
+        self._copy_in(sequence, num_landed_tokens)
+        self.scheduler.start(request_id, num_landed_tokens)
         sequence.watch = PrefillWatch(self._clock())
 
     def quarantine(self, request_id: str) -> None:
@@ -197,7 +199,7 @@ class EngineCore:
     def lift_quarantine(self, block_ids: Tokens[int]) -> None:
         """Nobody writes into these blocks any more."""
         for group, pool in enumerate(self.pools):
-            own = range(self._first_ids[group], self._first_ids[group] + pool.num_blocks)
+            own = range(self._runner.first_ids[group], self._runner.first_ids[group] + pool.num_blocks)
             pool.lift_quarantine([block_id - own.start for block_id in block_ids if block_id in own])
 
     def step(self, announce: Callable[[list[Event]], None] | None = None) -> list[Event]:
@@ -305,13 +307,30 @@ class EngineCore:
 
     def _block_ids(self, sequence: Sequence) -> tuple[int, ...]:
         """The blocks in the places of a sequence (KVGroups.places of all its tokens)."""
-        tables, first_ids = sequence.tables, self._first_ids
+        tables, first_ids = sequence.tables, self._runner.first_ids
         if len(tables) == 1 and self.groups.windows[0] is None:
             return tuple(tables[0].block_ids)
         return tuple(
             tables[group].block_ids[block - tables[group].first] + first_ids[group] if block < tables[group].end else NO_BLOCK
             for group, block in self.groups.places(len(sequence.tokens))
         )
+
+    def _copy_in(self, sequence: Sequence, num_tokens: int) -> None:
+        """What a peer wrote of the first `num_tokens` tokens."""
+        if self._runner.is_staged:
+            self._runner.copy_in(self._blocks_between(sequence, sequence.num_computed, num_tokens))
+
+    def _copy_out(self, sequence: Sequence, num_tokens: int) -> None:
+        """Lets a peer read the first `num_tokens` tokens of a prefill, as far as they fill blocks or are all."""
+        if self._runner.is_staged:
+            self._runner.copy_out(self._blocks_between(sequence, sequence.num_readable, num_tokens))
+            sequence.num_readable = num_tokens // self.block_size * self.block_size
+
+    def _blocks_between(self, sequence: Sequence, start: int, end: int) -> list[int]:
+        """The blocks in those places of a sequence that hold its tokens start … end - 1; one in part only if it is the last."""
+        first, stop = start // self.block_size, end // self.block_size if end < len(sequence.tokens) else self.groups.num_blocks(end)
+        places = zip(self.groups.places(len(sequence.tokens)), self._block_ids(sequence), strict=True)
+        return [block_id for place, block_id in places if first <= place.block < stop]
 
     def _watch(self, chunks: list[ScheduledChunk], started_at: float, model_s: float) -> None:
         """Adds the step to the timing of the prompts that it computed a part of."""
@@ -335,6 +354,7 @@ class EngineCore:
         if first_tokens is not None:
             timing = self._take_timing(sequence)
             self.scheduler.hold(sequence)
+        self._copy_out(sequence, len(sequence.tokens) if first_tokens is not None else sequence.num_computed)
         return PrefillProgress(
             request_id=sequence.request_id,
             num_computed_tokens=sequence.num_computed,

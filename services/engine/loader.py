@@ -10,6 +10,7 @@ import torch
 from kernels import Backend, KVFormat, KVLayout
 from services.core.errors import CheckpointError, InvalidRequest
 from services.engine.core import EngineCore
+from services.engine.decode_graphs import capture_graph
 from services.engine.kv_groups import KVGroups
 from services.engine.model_config import GenerationDefaults, ModelConfig, load_generation_defaults, load_model_config
 from services.engine.model_runner import ModelRunner
@@ -39,7 +40,7 @@ def load_model(
 
     allocate_kv   makes the KV pools' memory from (number of blocks, bytes of each) of one pool after another: zeroed, writable, block after
                   block. None: torch does
-    backend       what computes the tensor functions; None: the CPU's, the only one that all of the engine runs on so far
+    backend       what computes the tensor functions; None: the fastest for the device
     Raises CheckpointError for what is wrong with the checkpoint and InvalidRequest for settings that do not fit it.
     """
     settings.validate()
@@ -48,8 +49,9 @@ def load_model(
     torch.set_num_threads(settings.num_threads)
     config = load_model_config(directory)
     generation = load_generation_defaults(directory, config)
-    reader = WeightReader(directory)
-    dtype = choose_dtype(settings.dtype)
+    device = choose_device(settings.device)
+    reader = WeightReader(directory, device)
+    dtype = choose_dtype(settings.dtype, config, device)
     max_model_len = settings.max_model_len or config.context_tokens
     if max_model_len > config.context_tokens:
         raise InvalidRequest(
@@ -60,6 +62,8 @@ def load_model(
         raise InvalidRequest("kv_dtype", f"{settings.kv_dtype!r} is not for latents; only 'auto' is")
     if kv_format is KVFormat.INT4 and config.head_dim % 4:
         raise InvalidRequest("kv_dtype", f"int4 needs heads whose size 4 divides; the checkpoint's is {config.head_dim}")
+    if device.type == "cuda":
+        check_cuda(settings, kv_format, torch.cuda.get_device_capability(device))
     decoder = Decoder(config, reader, dtype=dtype, max_model_len=max_model_len, kv_format=kv_format, backend=backend)
     num_blocks = share_kv_memory(config.group_windows, decoder.kv_layouts(settings.block_size), settings, max_model_len=max_model_len)
     kv_buffer = None
@@ -67,6 +71,8 @@ def load_model(
         sizes = [layout.block_bytes for layout in decoder.kv_layouts(settings.block_size)]
         kv_buffer = memoryview(allocate_kv(list(zip(num_blocks, sizes, strict=True))))
     runner = ModelRunner(decoder, block_size=settings.block_size, num_blocks=num_blocks, kv_buffer=kv_buffer)
+    if device.type == "cuda" and settings.cuda_graphs:
+        runner.capture_decodes(max_num_seqs=settings.max_num_seqs, max_model_len=max_model_len, capture=capture_graph)
     core = EngineCore(
         runner,
         settings,
@@ -113,11 +119,29 @@ def share_kv_memory(
     return num_blocks
 
 
-def choose_dtype(requested: str) -> torch.dtype:
+def choose_device(requested: str) -> torch.device:
+    """Where the model is. Raises InvalidRequest for a device that this machine lacks."""
+    has_cuda = torch.cuda.is_available()
+    if requested == "cuda" and not has_cuda:
+        raise InvalidRequest("device", "is cuda, but PyTorch finds no NVIDIA GPU here")
+    return torch.device("cuda" if has_cuda and requested != "cpu" else "cpu")
+
+
+def check_cuda(settings: EngineSettings, kv_format: KVFormat, capability: tuple[int, int]) -> None:
+    """Raises InvalidRequest for what the kernels cannot do on a GPU of this compute capability."""
+    if settings.block_size & (settings.block_size - 1):
+        raise InvalidRequest("block_size", f"{settings.block_size} is not a power of two, as it must be on cuda")
+    if kv_format is KVFormat.FP8 and capability < (8, 9):
+        have = ".".join(map(str, capability))
+        raise InvalidRequest("kv_dtype", f"fp8 needs a GPU of compute capability 8.9 or later; this one has {have}. Take int8")
+
+
+def choose_dtype(requested: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     """The dtype of activations and KV. On the CPU only fp32 keeps the tokens of a prompt apart from how it was cut and batched.
 
     bf16 rounds away what sums in another order differ by, or does not: of 40 greedy prompts 10 gave other tokens warm than cold. Weights
     keep the checkpoint's two bytes either way, and fp32 was the faster one even on a processor that multiplies bf16.
     """
-    names = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    automatic: torch.dtype = getattr(torch, config.dtype) if device.type == "cuda" else torch.float32
+    names = {"auto": automatic, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     return names[requested]

@@ -8,12 +8,16 @@ import math
 import torch
 
 from services.engine.model_config import RopeConfig
+from services.engine.weights import CPU
 
 
-def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position and pair, each [num_positions, head_dim / 2] fp32, times the attention factor of YaRN."""
+def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position and pair, each [num_positions, head_dim / 2] fp32, times the attention factor of YaRN.
+
+    Computed on the CPU: the same bits on every device.
+    """
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inverse_frequencies(rope, head_dim))
-    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    return (angles.cos() * rope.attention_factor).to(device), (angles.sin() * rope.attention_factor).to(device)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:

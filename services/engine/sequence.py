@@ -58,6 +58,7 @@ class Sequence:
     tokens          prompt and output; tokens[:num_computed] have K and V, as far as later ones see them
     tables          for each KV group the blocks that hold those; none while it waits
     block_hashes    hashes of the full blocks of `tokens`, as far as they have been needed
+    num_readable    of a prefill for others: tokens whose blocks they can read already
     num_sealed      leading blocks whose content is published in the pools
     watch           measures the prefill until the first token; None afterwards, and for further choices
     prompt_logprobs of the prompt's tokens but the first, as far as they have been computed; None: not asked for, or told already
@@ -79,6 +80,7 @@ class Sequence:
     tables: list[BlockTable] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_sealed: int = 0
+    num_readable: int = 0
     num_received: int = 0  # output tokens that another engine has made
     cached_tokens: int | None = None  # None until first admitted
     watch: PrefillWatch | None = None

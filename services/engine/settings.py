@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from services.core.errors import InvalidRequest
 
+DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "fp8", "int8", "int4")
 
@@ -11,7 +12,9 @@ KV_DTYPES = ("auto", "fp8", "int8", "int4")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """
-    dtype                  of activations; auto: float32, in which no speed-up changes a token
+    device                 auto: cuda where PyTorch finds one, else cpu
+    cuda_graphs            on cuda: steps that give every sequence one token are captured once and replayed
+    dtype                  of activations; auto: on the CPU float32, in which no speed-up changes a token, on cuda the checkpoint's
     kv_dtype               of stored keys and values; auto: as activations. The others are lossy, with a scale for each token and head:
                            tokens are not those of another kv_dtype, and workers of different ones exchange no blocks
     max_model_len          longest sequence in tokens; None: what the checkpoint allows
@@ -23,6 +26,8 @@ class EngineSettings:
     num_threads            of torch
     """
 
+    device: str = "auto"
+    cuda_graphs: bool = True
     dtype: str = "auto"
     kv_dtype: str = "auto"
     max_model_len: int | None = None
@@ -35,7 +40,7 @@ class EngineSettings:
 
     def validate(self) -> None:
         """Raises InvalidRequest naming the first setting that is out of its limits."""
-        for name, possible in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
+        for name, possible in (("device", DEVICES), ("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
             if (value := getattr(self, name)) not in possible:
                 raise InvalidRequest(name, f"{value!r} is not one of {', '.join(possible)}", limit=possible)
         for name in ("block_size", "kv_memory_bytes", "max_num_seqs", "max_num_requests", "prefill_chunk_tokens", "num_threads"):

@@ -19,14 +19,17 @@ from services.engine.config_fields import read_json
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Old checkpoints carry this table, which everyone computes from the configuration.
+CPU = torch.device("cpu")
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq$")
 
 
 class WeightReader:
     """The tensors of one checkpoint directory. Raises CheckpointError for files that are missing, unreadable or inconsistent."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, device: torch.device = CPU) -> None:
+        """`device`: where read() puts tensors."""
         self._directory = directory
+        self.device = device
         if (directory / INDEX_NAME).exists():
             weight_map = read_json(directory / INDEX_NAME).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -63,7 +66,7 @@ class WeightReader:
         if not tensor.is_floating_point():
             raise CheckpointError(f"weight {name} has dtype {tensor.dtype}, which is not supported", path=str(self._directory))
         self._unread.discard(name)
-        return tensor
+        return tensor.to(self.device)
 
     def skip(self, name: str) -> None:
         """Marks a tensor as knowingly not used."""

@@ -33,6 +33,8 @@ class WorkerSettings(ProcessSettings):
     kv_index: tuple[str, ...] = ()
     kv_transports: tuple[str, ...] = TRANSPORTS
     kv_port: int = 0
+    device: str = "auto"
+    cuda_graphs: bool = True
     dtype: str = "auto"
     kv_dtype: str = "auto"
     max_model_len: int | None = None
@@ -56,6 +58,8 @@ class WorkerSettings(ProcessSettings):
     def engine_settings(self) -> EngineSettings:
         """The engine's part. Small models have small blocks, or a short prompt would never fill one."""
         return EngineSettings(
+            device=self.device,
+            cuda_graphs=self.cuda_graphs,
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
             max_model_len=self.max_model_len,

@@ -151,9 +151,7 @@ class Pair:
 
 
 def _block(core: EngineCore, block_id: int) -> torch.Tensor:
-    """The memory of a block, by its number among those of all pools."""
-    for pool in core._runner.pools:
-        if block_id < len(pool):
-            return pool[block_id]
-        block_id -= len(pool)
-    raise IndexError(block_id)
+    """The memory of a block that others read and write, by its number among those of all pools."""
+    runner = core._runner
+    group = max(group for group, first in enumerate(runner.first_ids) if first <= block_id)
+    return (runner._outside if runner.is_staged else runner.pools)[group][block_id - runner.first_ids[group]]

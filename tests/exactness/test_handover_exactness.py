@@ -11,6 +11,7 @@ import pytest
 
 from services.core.noise import choice_seed
 from services.engine.core import EngineCore
+from services.engine.model_runner import ModelRunner
 from services.engine.sequence import EngineRequest
 from tests.exactness.pair import Pair, Plan, Way
 from tests.exactness.test_engine_exactness import each_layout, only_llama, spread
@@ -127,6 +128,27 @@ def test_tokens_when_everything_happens_at_once_in_small_pools_are_identical(wor
     assert stats.evictions > 0
     assert pair.prefill.stats().evictions > 0
     assert pair.num_gave_up > 0
+
+
+@pytest.mark.parametrize("workload", ["gemma", "latent"], indirect=True)
+@pytest.mark.parametrize("way", [Way.LANDED, Way.COMPUTE_HERE])
+def test_tokens_when_others_see_a_copy_of_the_pools_are_identical(workload: Workload, way: Way) -> None:
+    """As on a GPU, whose memory no peer can reach: blocks are copied out before somebody reads them, and in when they have landed."""
+
+    def core(num_blocks: int, **settings: int) -> EngineCore:
+        numbers = [num_blocks] * len(workload.decoder.config.group_windows)
+        num_bytes = sum(num_blocks * layout.block_bytes for layout in workload.decoder.kv_layouts(BLOCK_SIZE))
+        # What lies there before must not matter.
+        buffer = memoryview(bytearray(b"\xff" * num_bytes))
+        runner = ModelRunner(workload.decoder, block_size=BLOCK_SIZE, num_blocks=numbers, kv_buffer=buffer, is_staged=True)
+        return make_core(workload.decoder, num_blocks=num_blocks, runner=runner, **settings)
+
+    generator = random.Random(8)
+    plans = {r.request_id: Plan(way=way, give_up_at=generator.randint(0, len(r.prompt_token_ids))) for r in workload.requests}
+    pair = Pair(core(900, max_num_seqs=4, prefill_chunk_tokens=72), core(900))
+    for _ in range(2):  # the second time with warm caches
+        check_all_identical(workload.baseline, workload.requests, pair.run(workload.requests, plans))
+    assert pair.num_blocks_moved > 0
 
 
 @pytest.mark.parametrize("workload", ["window", "gemma"], indirect=True)

@@ -1,8 +1,8 @@
 """The one decoder: Llama 2 and 3.x, Mistral, Qwen2 and 3, Gemma 2 and 3, DeepSeek-V2 are settings of it (model_config says which).
 
 Pre-norm transformer over a paged KV pool for each KV group; attention and MLP of a layer are each of one of two kinds. Knows nothing of
-scheduling or sampling: a StepBatch and pools go in, logits come out. Source: the modeling files of Hugging Face transformers, to which tests
-hold it.
+scheduling or sampling: a StepBatch and pools go in, logits come out. Source: the modeling files of Hugging Face transformers, to which
+tests hold it.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels import Backend, BackendName, KVFormat, KVLayout, Linear, backend_of
+from kernels import Backend, KVFormat, KVLayout, Linear, backend_for, capturable
 from services.engine.batch import StepBatch
 from services.engine.model_config import ModelConfig
 from services.engine.models.attention import Attention, AttentionStep, GroupedQueryAttention
@@ -20,6 +20,15 @@ from services.engine.models.layer_weights import LayerWeights, read_norm
 from services.engine.models.mlp import GatedMlp, Mlp
 from services.engine.rope import rope_tables
 from services.engine.weights import WeightReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """A StepBatch on the device: token_ids [T] and logit_rows [R] int64, and what attention needs in each KV group."""
+
+    token_ids: torch.Tensor
+    logit_rows: torch.Tensor
+    steps: list[AttentionStep]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,22 +56,23 @@ class Decoder:
         kv_format: KVFormat = KVFormat.PLAIN,
         backend: Backend | None = None,
     ) -> None:
-        """Takes every tensor of the checkpoint. Raises CheckpointError when one is missing, misshapen or left over.
+        """Takes every tensor of the checkpoint, to the reader's device. Raises CheckpointError when one is missing, misshapen or left over.
 
         kv_format   in which keys and values are stored; plain: in dtype
-        backend     computes all but the matrix products; None: the CPU's
+        backend     computes all but the matrix products; None: the fastest for the device
         """
         self.config = config
-        self.backend = backend_of(BackendName.CPU) if backend is None else backend
+        self.device = reader.device
+        self.backend = backend_for(reader.device) if backend is None else backend
         self.dtype = dtype
         self.kv_format = kv_format
         # For each layer its KV group, and which of that group's layers it is.
         windows = config.group_windows
         self._places = [(windows.index(window), config.windows[:index].count(window)) for index, window in enumerate(config.windows)]
         rope_dim = config.latent.rope_dim if config.latent else config.head_dim
-        window_rope = rope = rope_tables(config.rope, rope_dim, max_model_len)
+        window_rope = rope = rope_tables(config.rope, rope_dim, max_model_len, self.device)
         if config.window_rope != config.rope:
-            window_rope = rope_tables(config.window_rope, rope_dim, max_model_len)
+            window_rope = rope_tables(config.window_rope, rope_dim, max_model_len, self.device)
         self.embedding = reader.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.layers = []
         for index, window in enumerate(config.windows):
@@ -82,22 +92,53 @@ class Decoder:
 
     def forward(self, batch: StepBatch, pools: Sequence[torch.Tensor], layouts: Sequence[KVLayout]) -> torch.Tensor:
         """Computes the batch's tokens, stores their K and V in the groups' pools, returns fp32 logits [R, vocab_size] of its logit rows."""
-        config, backend = self.config, self.backend
-        positions = torch.from_numpy(batch.positions)
+        return self.compute(self.prepare(batch, pools, layouts))
+
+    def prepare(self, batch: StepBatch, pools: Sequence[torch.Tensor], layouts: Sequence[KVLayout]) -> StepInputs:
+        """Brings to the device what a step needs beyond the weights."""
+        config, device = self.config, self.device
+        positions = torch.from_numpy(batch.positions).to(device)
         steps = []
         for group, pool, layout, window in zip(batch.groups, pools, layouts, config.group_windows, strict=True):
             plan = self.layers[config.windows.index(window)].attention.plan(
-                backend,
+                self.backend,
                 block_tables=group.block_tables,
                 query_lens=batch.query_lens,
                 context_lens=group.context_lens,
                 layout=layout,
-                device=pool.device,
+                device=device,
             )
-            slots = torch.from_numpy(group.slots)
-            steps.append(AttentionStep(backend=backend, positions=positions, slots=slots, pool=pool, layout=layout, plan=plan))
-        logit_rows = torch.from_numpy(batch.logit_rows)
-        hidden = self.embedding.index_select(0, torch.from_numpy(batch.token_ids)).to(self.dtype)
+            slots = torch.from_numpy(group.slots).to(device)
+            steps.append(AttentionStep(backend=self.backend, positions=positions, slots=slots, pool=pool, layout=layout, plan=plan))
+        token_ids, logit_rows = torch.from_numpy(batch.token_ids).to(device), torch.from_numpy(batch.logit_rows).to(device)
+        return StepInputs(token_ids=token_ids, logit_rows=logit_rows, steps=steps)
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a step that gives each sequence one token happens on the device alone, with plans that can be refilled.
+
+        Not with experts, whose tokens are counted on the host.
+        """
+        return self.config.experts is None and self.config.latent is None
+
+    def refill(self, inputs: StepInputs, batch: StepBatch) -> None:
+        """Copies another batch with as many sequences, of one token each, to where these inputs are; before share_work."""
+        inputs.token_ids.copy_(torch.from_numpy(batch.token_ids))
+        inputs.steps[0].positions.copy_(torch.from_numpy(batch.positions))  # one tensor for all groups
+        for step, group in zip(inputs.steps, batch.groups, strict=True):
+            step.slots.copy_(torch.from_numpy(group.slots))
+            # Grouped-query attention's plans are the backend's own.
+            capturable(self.backend).refill_plan(step.plan, block_tables=group.block_tables, context_lens=group.context_lens)
+
+    def share_work(self, inputs: StepInputs) -> None:
+        """Does again, on the device, what plans made of lengths that have changed."""
+        for step in inputs.steps:
+            capturable(self.backend).share_work(step.plan, num_heads=self.config.num_heads)
+
+    def compute(self, inputs: StepInputs) -> torch.Tensor:
+        """See forward."""
+        config, backend, steps, logit_rows = self.config, self.backend, inputs.steps, inputs.logit_rows
+        hidden = self.embedding.index_select(0, inputs.token_ids).to(self.dtype)
         if config.embedding_scale != 1.0:
             hidden *= config.embedding_scale
         normed = backend.rms_norm(hidden, self.layers[0].input_norm, config.rms_norm_eps)
@@ -107,7 +148,7 @@ class Decoder:
             step = steps[group_index]
             query = attention.store(normed, step, layer_in_group)
             if index == config.num_layers - 1 and not len(logit_rows):
-                return torch.empty(0, config.vocab_size)
+                return torch.empty(0, config.vocab_size, device=self.device)
             attended = attention.attend(query, step, layer_in_group)
             if index == config.num_layers - 1:
                 # Past the last layer's attention, only the rows that will be sampled matter.
