@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kernels import KVFormat, KVLayout, reference
 from kernels.block_lists import dense, randomly, sinks, sliding_window
+from loadtest.micro import gpu_engine
 
 CACHE_BYTES = 256 << 20  # more than any L2 holds
 LAUNCHES, REPLAYS = 20, 20
@@ -65,6 +67,8 @@ TARGETS = {
     "pack": ">= 85 % of copy",
     "unpack": ">= 85 % of copy",
     "LSE merge of 4, 4k x 32 x 128": ">= 85 % of copy",
+    "engine step, 8B bf16 B1/4k": "",
+    "engine step, 8B bf16 B32/4k": "",
 }
 
 
@@ -260,6 +264,7 @@ def checks(bench: Bench) -> Iterator[tuple[str, float]]:
     )
     again = alone.backend.paged_attention(first, alone.pool, 0, plan, scale=alone.scale)
     yield "same bits in any batch", 0.0 if torch.equal(again, together[:1]) else float("inf")
+    yield from gpu_engine.check(bench.device, tiny=bench.size.tiny)
 
 
 def measure(bench: Bench, peers: Sequence[Callable[[Case], Call | None]]) -> Iterator[Row]:
@@ -315,6 +320,8 @@ def measure(bench: Bench, peers: Sequence[Callable[[Case], Call | None]]) -> Ite
     rate = 2 * len(work.query) * work.query.shape[1] * work.context_lens[0] * (576 + 512) / work.seconds(bench)
     yield Row("decode MLA 128 heads B32/8k", f"{rate / 1e12:.0f} TFLOP/s", rate >= 330e12)
     yield from _moving(bench, copy)
+    for name, figure in gpu_engine.measure(bench.device, tiny=bench.size.tiny):
+        yield Row(name, figure)
 
 
 def _moving(bench: Bench, copy: float) -> Iterator[Row]:
@@ -357,7 +364,7 @@ def _moving(bench: Bench, copy: float) -> Iterator[Row]:
 
 
 def _beside(row: Row, work: Attention, bench: Bench, peers: Sequence[Callable[[Case], Call | None]]) -> Row:
-    """Adds what PyTorch's attention takes on contiguous keys and values, and peers."""
+    """Adds what PyTorch's attentions take on contiguous keys and values, and peers."""
     layout, sequences = work.layout, len(work.tables)
     heads, query_len = layout.num_kv_heads, work.query_lens[0]
     context = work.context_lens[0]
@@ -368,10 +375,24 @@ def _beside(row: Row, work: Attention, bench: Bench, peers: Sequence[Callable[[C
     def sdpa() -> torch.Tensor:
         return F.scaled_dot_product_attention(query, keys, values, is_causal=query_len > 1, scale=work.scale, enable_gqa=True)
 
-    for name, call in [("SDPA", sdpa), *((peer.__module__, peer(case)) for peer in peers)]:
-        if call is not None:
+    def flex() -> torch.Tensor:
+        attended: torch.Tensor = flexible(query, keys, values, block_mask=mask, scale=work.scale, enable_gqa=True)
+        return attended
+
+    flexible: Any = flex_attention if bench.size.tiny else torch.compile(flex_attention)
+    mask = create_block_mask(_causal, None, None, query_len, context, device=str(bench.device)) if query_len > 1 else None
+    for name, call in [("SDPA", sdpa), ("FlexAttention", flex), *((peer.__module__, peer(case)) for peer in peers)]:
+        if call is None:
+            continue
+        try:
             row.beside.append(f"{name} {bench.seconds([call]) * 1e6:.0f} us")
+        except Exception as error:  # what is beside our lines must not end them
+            row.beside.append(f"{name}: {type(error).__name__}")
     return row
+
+
+def _causal(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return query >= key
 
 
 def _peer(named: str) -> Callable[[Case], Call | None]:

@@ -14,9 +14,10 @@ from services.core.noise import draw_seed
 from services.core.prefix_hash import KEY_BYTES, prefix_key
 from services.core.types import FinishReason, PrefillTiming, SampledToken, SamplingParams, TokenEvent, TokenLogprobs, check_token_id
 from services.engine.block_pool import BlockPool
-from services.engine.events import NO_BLOCK, Event, PrefillProgress, Reserved
+from services.engine.events import Event, PrefillProgress, Reserved
 from services.engine.kv_cache import KVCache
 from services.engine.model_runner import ModelRunner
+from services.engine.outside_view import OutsideView
 from services.engine.pacing import ChunkPacer
 from services.engine.scheduler import ScheduledChunk, Scheduler
 from services.engine.sequence import EngineRequest, Purpose, Sequence
@@ -27,10 +28,7 @@ from services.engine.timing import PrefillWatch
 
 
 class EngineCore:
-    """One model, its pools, one scheduler. Not thread-safe: one thread calls it.
-
-    Outside, a block is one number: those of the first KV group's pool come first, then those of the second's.
-    """
+    """One model, its pools, one scheduler. Not thread-safe: one thread calls it."""
 
     def __init__(
         self,
@@ -55,6 +53,7 @@ class EngineCore:
         self.pools = [BlockPool(num_blocks) for num_blocks in runner.num_blocks]
         self.max_model_len = max_model_len
         self.prefix_key = prefix_key(model_fingerprint=model_fingerprint)
+        self._outside = OutsideView(runner)
         self.scheduler = Scheduler(
             KVCache(self.pools, runner.groups, chunk_tokens=settings.prefill_chunk_tokens),
             max_num_seqs=settings.max_num_seqs,
@@ -175,7 +174,7 @@ class EngineCore:
     def landed(self, request_id: str, first_tokens: Tokens[SampledToken]) -> list[Event]:
         """The whole prompt of a reserved request is in its blocks, and these are its valid first tokens: decoding goes on here."""
         sequence = self.scheduler.reserved[request_id]
-        self._copy_in(sequence, len(sequence.tokens))
+        self._outside.copy_in(sequence, len(sequence.tokens))
         first = self.scheduler.start(request_id, len(sequence.tokens))
         first.watch = None
         group = [first, *further_choices(first)]
@@ -187,7 +186,7 @@ class EngineCore:
         # Landed or not, the block of the last token is computed: somebody has to make the logits.
         num_landed_tokens = min(num_landed_tokens, len(sequence.tokens) - 1)
         num_landed_tokens = num_landed_tokens // self.block_size * self.block_size
-        self._copy_in(sequence, num_landed_tokens)
+        self._outside.copy_in(sequence, num_landed_tokens)
         self.scheduler.start(request_id, num_landed_tokens)
         sequence.watch = PrefillWatch(self._clock())
 
@@ -198,9 +197,8 @@ class EngineCore:
 
     def lift_quarantine(self, block_ids: Tokens[int]) -> None:
         """Nobody writes into these blocks any more."""
-        for group, pool in enumerate(self.pools):
-            own = range(self._runner.first_ids[group], self._runner.first_ids[group] + pool.num_blocks)
-            pool.lift_quarantine([block_id - own.start for block_id in block_ids if block_id in own])
+        for pool, own_ids in zip(self.pools, self._outside.by_group(block_ids), strict=True):
+            pool.lift_quarantine(own_ids)
 
     def step(self, announce: Callable[[list[Event]], None] | None = None) -> list[Event]:
         """Computes one step; call only when has_work.
@@ -295,7 +293,7 @@ class EngineCore:
                 events.append(
                     Reserved(
                         request_id=sequence.request_id,
-                        block_ids=self._block_ids(sequence),
+                        block_ids=self._outside.block_ids(sequence),
                         num_cached_tokens=sequence.num_computed,
                         queue_s=now - sequence.watch.queued_at,
                         reserved_at=now,
@@ -304,33 +302,6 @@ class EngineCore:
             elif sequence.purpose is Purpose.PREFILL and sequence.num_computed:
                 events.append(self._progress(sequence, None))
         return events
-
-    def _block_ids(self, sequence: Sequence) -> tuple[int, ...]:
-        """The blocks in the places of a sequence (KVGroups.places of all its tokens)."""
-        tables, first_ids = sequence.tables, self._runner.first_ids
-        if len(tables) == 1 and self.groups.windows[0] is None:
-            return tuple(tables[0].block_ids)
-        return tuple(
-            tables[group].block_ids[block - tables[group].first] + first_ids[group] if block < tables[group].end else NO_BLOCK
-            for group, block in self.groups.places(len(sequence.tokens))
-        )
-
-    def _copy_in(self, sequence: Sequence, num_tokens: int) -> None:
-        """What a peer wrote of the first `num_tokens` tokens."""
-        if self._runner.is_staged:
-            self._runner.copy_in(self._blocks_between(sequence, sequence.num_computed, num_tokens))
-
-    def _copy_out(self, sequence: Sequence, num_tokens: int) -> None:
-        """Lets a peer read the first `num_tokens` tokens of a prefill, as far as they fill blocks or are all."""
-        if self._runner.is_staged:
-            self._runner.copy_out(self._blocks_between(sequence, sequence.num_readable, num_tokens))
-            sequence.num_readable = num_tokens // self.block_size * self.block_size
-
-    def _blocks_between(self, sequence: Sequence, start: int, end: int) -> list[int]:
-        """The blocks in those places of a sequence that hold its tokens start … end - 1; one in part only if it is the last."""
-        first, stop = start // self.block_size, end // self.block_size if end < len(sequence.tokens) else self.groups.num_blocks(end)
-        places = zip(self.groups.places(len(sequence.tokens)), self._block_ids(sequence), strict=True)
-        return [block_id for place, block_id in places if first <= place.block < stop]
 
     def _watch(self, chunks: list[ScheduledChunk], started_at: float, model_s: float) -> None:
         """Adds the step to the timing of the prompts that it computed a part of."""
@@ -354,11 +325,11 @@ class EngineCore:
         if first_tokens is not None:
             timing = self._take_timing(sequence)
             self.scheduler.hold(sequence)
-        self._copy_out(sequence, len(sequence.tokens) if first_tokens is not None else sequence.num_computed)
+        self._outside.copy_out(sequence, len(sequence.tokens) if first_tokens is not None else sequence.num_computed)
         return PrefillProgress(
             request_id=sequence.request_id,
             num_computed_tokens=sequence.num_computed,
-            block_ids=self._block_ids(sequence),
+            block_ids=self._outside.block_ids(sequence),
             cached_tokens=sequence.cached_tokens or 0,
             first_tokens=None if first_tokens is None else tuple(first_tokens),
             timing=timing,

@@ -8,7 +8,8 @@ import math
 import torch
 
 from services.engine.model_config import RopeConfig
-from services.engine.weights import CPU
+
+CPU = torch.device("cpu")
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:

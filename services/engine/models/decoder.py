@@ -7,6 +7,7 @@ tests hold it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,7 +20,9 @@ from services.engine.models.latent_attention import LatentAttention
 from services.engine.models.layer_weights import LayerWeights, read_norm
 from services.engine.models.mlp import GatedMlp, Mlp
 from services.engine.rope import rope_tables
-from services.engine.weights import WeightReader
+
+if TYPE_CHECKING:
+    from services.engine.weights import WeightReader  # needs a library that computing does not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +52,7 @@ class Decoder:
     def __init__(
         self,
         config: ModelConfig,
-        reader: WeightReader,
+        reader: "WeightReader",
         *,
         dtype: torch.dtype,
         max_model_len: int,

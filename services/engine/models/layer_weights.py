@@ -1,12 +1,15 @@
 """The weights of one layer, read by their names in it and made into what computes with them."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from kernels import Linear
 from services.engine.model_config import ModelConfig
-from services.engine.weights import WeightReader
+
+if TYPE_CHECKING:
+    from services.engine.weights import WeightReader  # needs a library that computing does not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +17,7 @@ class LayerWeights:
     """Names are those after "model.layers.<index>."; `dtype` is that of activations. Methods raise CheckpointError, see WeightReader."""
 
     config: ModelConfig
-    reader: WeightReader
+    reader: "WeightReader"
     index: int
     dtype: torch.dtype
 
@@ -32,7 +35,7 @@ class LayerWeights:
         return read_norm(self.config, self.reader, f"model.layers.{self.index}.{name}", size, self.dtype)
 
 
-def read_norm(config: ModelConfig, reader: WeightReader, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+def read_norm(config: ModelConfig, reader: "WeightReader", name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
     """[size] what a norm multiplies by, in dtype."""
     weight = reader.read(f"{name}.weight", (size,))
     return (weight.float() + config.norm_offset).to(dtype) if config.norm_offset else weight.to(dtype)
