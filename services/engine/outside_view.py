@@ -1,4 +1,4 @@
-"""Blocks as others see them: numbered through the pools of all KV groups, one pool after another; copies, where pools are in a GPU's memory.
+"""Blocks as others see them: numbered through the pools of all KV groups, one after another; copies, where pools are in a GPU's memory.
 
 A sequence's blocks are those in its places (KVGroups.places), whoever has them. Knows nothing of who reads or writes them, or when.
 """
