@@ -18,7 +18,6 @@ from kernels.triton_prefill import prefill_attention
 
 MAX_DECODE_QUERY = 16  # new tokens of a sequence that decode_attention takes
 INVARIANT_CHUNK = 16  # blocks
-PREFILL_ROWS = 128  # of a program's tile
 DECODE_STAGES = 5  # of the pipeline: block ids are a stage of their own, so that two or three blocks are on their way
 LATENT_STAGES = 3  # a block of latents takes as much shared memory as two of other keys and values
 PREFILL_STAGES = 3
@@ -56,6 +55,31 @@ def num_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache
+def capability(device: torch.device) -> int:
+    """Compute capability times ten; without a GPU that of Hopper."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def prefill_rows(layout: KVLayout, compute_capability: int) -> int:
+    """Rows of a prefill program's tile: as many as do not spill registers (tests/kernels/compile_all.py says what does)."""
+    if layout.value_dim > 128:
+        return 64 if layout.format is KVFormat.PLAIN and compute_capability >= 90 else 32
+    # Columns that only fill up a power of two are masked, which takes registers.
+    is_filled_up = layout.value_dim & (layout.value_dim - 1) > 0
+    return 64 if is_filled_up and (compute_capability < 90 or layout.format is KVFormat.INT4) else 128
+
+
+def decode_warps(rows: int, layout: KVLayout) -> int:
+    """Warps of a decode program whose tile has so many rows; more of them have more registers, and wait for each other more often."""
+    is_wide = layout.value_dim > 128 and not layout.is_latent
+    is_large = rows * triton.next_power_of_2(layout.value_dim) > 64 * 128
+    return 8 if is_wide or is_large or (rows >= 32 and layout.format is not KVFormat.PLAIN) else 4
 
 
 def tile_rows(rows: int, layout: KVLayout) -> int:
@@ -228,7 +252,7 @@ def run_decode(
         STAGES=stages,
         num_stages=stages,
         maxnreg=255,
-        num_warps=8 if block_rows * block_value > 64 * 128 else 4,
+        num_warps=decode_warps(block_rows, layout),
         **_widths(layout),
     )
     return output, log_sums
@@ -262,12 +286,14 @@ class PrefillPlan:
     """Sequences with any number of new tokens; all tensors are on the device, int32.
 
     first_row         of the query, where these sequences begin
+    rows              of a program's tile: new tokens by the query heads of a KV head
     tile_sequences    [tiles] whose tokens each has; tile_tokens [tiles]: the first of them
     lists, list_lens  [tiles, Hk, …] block ids that a tile sees whole, and how many they are; None: all before its own
     """
 
     first_row: int
     num_tokens: int
+    rows: int
     block_tables: torch.Tensor
     context_lens: torch.Tensor
     query_starts: torch.Tensor
@@ -293,7 +319,8 @@ def plan_prefill(
 ) -> PrefillPlan:
     """Arguments as of reference.paged_attention; block_lists: one for each sequence, which exclude a window."""
     assert block_lists is None or window is None
-    tokens = PREFILL_ROWS // (num_heads // layout.num_kv_heads)
+    rows = prefill_rows(layout, capability(device))
+    tokens = rows // (num_heads // layout.num_kv_heads)
     tiles = []  # (blocks to visit, sequence, first token)
     for sequence, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
         prefix_len, token = context_len - query_len, 0
@@ -319,6 +346,7 @@ def plan_prefill(
     return PrefillPlan(
         first_row=first_row,
         num_tokens=sum(query_lens),
+        rows=rows,
         block_tables=padded(block_tables).to(device),
         context_lens=torch.tensor(context_lens, dtype=torch.int32).to(device),
         query_starts=torch.tensor([0, *query_lens]).cumsum(0).to(device, torch.int32),
@@ -374,7 +402,7 @@ def run_prefill(
         softcap or 0.0,
         plan.window or 0,
         GROUP=query.shape[1] // layout.num_kv_heads,
-        BLOCK_M=PREFILL_ROWS,
+        BLOCK_M=plan.rows,
         HAS_WINDOW=plan.window is not None,
         HAS_LISTS=lists is not None,
         HAS_SOFTCAP=softcap is not None,

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import KVFormat, KVLayout
+from kernels import KVFormat, KVLayout, triton_attention
 from kernels import triton_backend as backend
 from kernels.block_lists import dense
 
@@ -59,20 +60,19 @@ class Launch:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Launches are written down instead of made."""
+def recorded(capability: int) -> Iterator[list[Launch]]:
+    """Launches are written down instead of made, as they would be on a GPU of this capability."""
     launches: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         launches.append(Launch(self, dict(zip(self.arg_names, args, strict=False)) | kwargs, options))
 
-    before = triton.runtime.jit.JITFunction.run
-    triton.runtime.jit.JITFunction.run = run
-    try:
+    with (
+        patch.object(triton.runtime.jit.JITFunction, "run", run),
+        patch.object(triton_attention, "capability", lambda device: capability),
+    ):
         yield launches
-    finally:
-        triton.runtime.jit.JITFunction.run = before
 
 
 def attention(
