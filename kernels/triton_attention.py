@@ -72,13 +72,13 @@ def prefill_rows(layout: KVLayout, compute_capability: int) -> int:
         return 64 if layout.format is KVFormat.PLAIN and compute_capability >= 90 else 32
     # Columns that only fill up a power of two are masked, which takes registers.
     is_filled_up = layout.value_dim & (layout.value_dim - 1) > 0
-    return 64 if is_filled_up and (compute_capability < 90 or layout.format is KVFormat.INT4) else 128
+    return 64 if compute_capability < 90 or (is_filled_up and layout.format is KVFormat.INT4) else 128
 
 
 def decode_warps(rows: int, layout: KVLayout) -> int:
     """Warps of a decode program whose tile has so many rows; more of them have more registers, and wait for each other more often."""
     is_wide = layout.value_dim > 128 and not layout.is_latent
-    is_large = rows * triton.next_power_of_2(layout.value_dim) > 64 * 128
+    is_large = rows * triton.next_power_of_2(layout.value_dim) >= 64 * 128
     return 8 if is_wide or is_large or (rows >= 32 and layout.format is not KVFormat.PLAIN) else 4
 
 
