@@ -4,7 +4,7 @@
 services but their standard-library words.
 """
 
-from kernels.backend import Backend, BackendName, backend_for, backend_of, capturable
+from kernels.backend import Backend, BackendName, as_capturable, backend_for, backend_of
 from kernels.cpu_linear import Linear
 from kernels.gumbel import gumbel_noise
 from kernels.kv_layout import KVFormat, KVLayout
@@ -15,8 +15,8 @@ __all__ = [
     "KVFormat",
     "KVLayout",
     "Linear",
+    "as_capturable",
     "backend_for",
     "backend_of",
-    "capturable",
     "gumbel_noise",
 ]

@@ -140,7 +140,7 @@ def backend_of(name: BackendName) -> Backend:
     return cast(Backend, triton_backend)
 
 
-def capturable(backend: Backend) -> CapturableBackend:
+def as_capturable(backend: Backend) -> CapturableBackend:
     """The same backend, which must be Triton's."""
     return cast(CapturableBackend, backend)
 

@@ -40,6 +40,13 @@ class Linear:
             case WeightForm.HALF:
                 self._weight = _pack_half(weight)
 
+    def in_fp32(self, x: torch.Tensor) -> torch.Tensor:
+        """The product in fp32, whatever x's dtype: sums are never rounded to 16 bits. On the CPU for weights made with dtype fp32."""
+        if x.is_cuda and x.dtype != torch.float32:
+            product = torch.mm(x, self._weight.t(), out_dtype=torch.float32)
+            return product if self.bias is None else product.add_(self.bias)
+        return self(x.float())
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         match self.form:
             case WeightForm.PLAIN:

@@ -68,11 +68,12 @@ def capability(device: torch.device) -> int:
 
 def prefill_rows(layout: KVLayout, compute_capability: int) -> int:
     """Rows of a prefill program's tile: as many as do not spill registers (tests/kernels/compile_all.py says what does)."""
+    has_large_tiles = 90 <= compute_capability < 120  # Hopper and its successors for data centres
     if layout.value_dim > 128:
-        return 64 if layout.format is KVFormat.PLAIN and compute_capability >= 90 else 32
+        return 64 if layout.format is KVFormat.PLAIN and has_large_tiles else 32
     # Columns that only fill up a power of two are masked, which takes registers.
     is_filled_up = layout.value_dim & (layout.value_dim - 1) > 0
-    return 64 if compute_capability < 90 or (is_filled_up and layout.format is KVFormat.INT4) else 128
+    return 64 if not has_large_tiles or (is_filled_up and layout.format is KVFormat.INT4) else 128
 
 
 def decode_warps(rows: int, layout: KVLayout) -> int:
@@ -319,8 +320,9 @@ def plan_prefill(
 ) -> PrefillPlan:
     """Arguments as of reference.paged_attention; block_lists: one for each sequence, which exclude a window."""
     assert block_lists is None or window is None
-    rows = prefill_rows(layout, capability(device))
-    tokens = rows // (num_heads // layout.num_kv_heads)
+    group = num_heads // layout.num_kv_heads
+    rows = max(prefill_rows(layout, capability(device)), triton.next_power_of_2(group))
+    tokens = rows // group
     tiles = []  # (blocks to visit, sequence, first token)
     for sequence, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
         prefix_len, token = context_len - query_len, 0

@@ -115,3 +115,4 @@ def measure(device: torch.device, *, tiny: bool) -> Iterator[tuple[str, str]]:
         steps = Steps(device, sequences=min(sequences, 2) if tiny else sequences, context_len=40 if tiny else 4096, tiny=tiny)
         captured_s, launched_s = (steps.seconds(step) for step in (steps.captured, steps.launched))
         yield f"engine step, 8B bf16 B{sequences}/4k", f"{captured_s * 1e3:.2f} ms; launched one by one {launched_s * 1e3:.2f} ms"
+        del steps  # two models at once are too much for some

@@ -81,7 +81,7 @@ class PrefillClient:
         Raises PrefillFailed from an error of the tree, or from CancelledError, when it was cancelled: either way nothing of it runs on,
         except for a sender that could not be fenced.
         """
-        transfer = self._receiver.grant(block_ids, first_block)
+        transfer = self._receiver.grant(block_ids)
         try:
             outcome = await self._call(start, candidate, transfer, block_ids, first_block, ready_at)
         except BaseException as error:

@@ -21,9 +21,15 @@ from services.core.errors import OutOfBlocks
 class BlockPool:
     """Bookkeeping of `num_blocks` blocks. All calls are all-or-nothing: one that raises has changed nothing."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, *, has_room_for_each: bool = False) -> None:
+        """
+        has_room_for_each   can_allocate() leaves a block for every holder of a block but one: whoever releases k blocks, shared ones too,
+                            can then allocate k at once, as a window must that moves on
+        """
         assert num_blocks > 0
         self.num_blocks = num_blocks
+        self._has_room_for_each = has_room_for_each
+        self._num_sharers = 0  # over all blocks, their holders but the first
         self._free = list(reversed(range(num_blocks)))  # a stack: what was freed last may still be in a processor's cache
         self._holders = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
@@ -70,6 +76,9 @@ class BlockPool:
 
     def can_allocate(self, num_blocks: int, *, shared: Sequence[int] = ()) -> bool:
         """Whether allocate(num_blocks) would succeed after share(shared), which takes cached blocks out of reach."""
+        if self._has_room_for_each:
+            # Each of `shared` is either out of reach then, or has a holder more.
+            return num_blocks + len(shared) <= self.num_available - self._num_sharers
         return num_blocks <= self.num_available - sum(1 for block_id in shared if block_id in self._cached)
 
     def share(self, block_ids: Sequence[int]) -> None:
@@ -79,6 +88,8 @@ class BlockPool:
             if not self._holders[block_id]:
                 del self._cached[block_id]
                 self.num_owned += 1
+            else:
+                self._num_sharers += 1
             self._holders[block_id] += 1
 
     def allocate(self, num_blocks: int) -> list[int]:
@@ -113,6 +124,7 @@ class BlockPool:
             assert self._holders[block_id] > 0
             self._holders[block_id] -= 1
             if self._holders[block_id]:
+                self._num_sharers -= 1
                 continue
             self.num_owned -= 1
             if self._hash_of[block_id] is None:

@@ -22,7 +22,7 @@ from services.engine.pacing import ChunkPacer
 from services.engine.scheduler import ScheduledChunk, Scheduler
 from services.engine.sequence import EngineRequest, Purpose, Sequence
 from services.engine.settings import EngineSettings
-from services.engine.stats import EngineStats
+from services.engine.stats import EngineStats, Room
 from services.engine.step import further_choices, make_batch, step_rows, trial_batch
 from services.engine.timing import PrefillWatch
 
@@ -50,12 +50,13 @@ class EngineCore:
         self.layout_fingerprint = runner.layout_fingerprint(model_fingerprint)
         # Some checkpoints name ids that they cannot produce.
         self._eos_token_ids = frozenset(token_id for token_id in eos_token_ids if 0 <= token_id < self.vocab_size)
-        self.pools = [BlockPool(num_blocks) for num_blocks in runner.num_blocks]
+        cache = KVCache(runner.num_blocks, runner.groups, chunk_tokens=settings.prefill_chunk_tokens)
+        self.pools = cache.pools
         self.max_model_len = max_model_len
         self.prefix_key = prefix_key(model_fingerprint=model_fingerprint)
         self._outside = OutsideView(runner)
         self.scheduler = Scheduler(
-            KVCache(self.pools, runner.groups, chunk_tokens=settings.prefill_chunk_tokens),
+            cache,
             max_num_seqs=settings.max_num_seqs,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
         )
@@ -260,6 +261,7 @@ class EngineCore:
             num_reserved=len(self.scheduler.reserved),
             num_held=len(self.scheduler.held),
             uncomputed_prompt_tokens=self.scheduler.num_uncomputed_prompt_tokens,
+            room=self._room(),
             blocks_total=sum(pool.num_blocks for pool in self.pools),
             blocks_free=sum(pool.num_free for pool in self.pools),
             blocks_cached=sum(pool.num_cached for pool in self.pools),
@@ -275,6 +277,17 @@ class EngineCore:
             largest_batch=self._largest_batch,
             step_s=self._step_s,
             model_s=self._runner.model_s,
+        )
+
+    def _room(self) -> Room:
+        pool = self.pool
+        more = 0 if self.groups.windows[0] is None else self.groups.num_blocks(self.max_model_len)
+        return Room(
+            total=pool.num_blocks + more,
+            free=pool.num_free + more,
+            cached=pool.num_cached,
+            owned=pool.num_owned,
+            quarantined=pool.num_quarantined,
         )
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:

@@ -2,7 +2,8 @@
 
 A sequence that is computed here has room for all its tokens from its admission on. In a group with a window that is room for the window and
 a chunk: as the window moves on, the blocks behind it are released and as many are taken ahead, in one go, so that nobody who has begun
-waits for a block. What is released stays cached by its content, like everything else. Each call changes all groups, or nothing.
+waits for a block; for one that others go on holding there is another in reserve (BlockPool's has_room_for_each). What is released stays
+cached by its content, like everything else. Each call changes all groups, or nothing.
 
 Knows nothing of queues or of time; the pools keep the books.
 """
@@ -28,12 +29,15 @@ class Finding:
 class KVCache:
     """The pools of a model's KV groups. One thread calls it."""
 
-    def __init__(self, pools: List[BlockPool], groups: KVGroups, *, chunk_tokens: int) -> None:
-        """`chunk_tokens`: the most of one sequence that a step computes."""
-        assert len(pools) == len(groups.windows)
-        self.pools = list(pools)
+    def __init__(self, num_blocks: List[int], groups: KVGroups, *, chunk_tokens: int) -> None:
+        """
+        num_blocks     of each group's pool
+        chunk_tokens   the most of one sequence that a step computes
+        """
+        windows = zip(num_blocks, groups.windows, strict=True)
+        self.pools = [BlockPool(number, has_room_for_each=window is not None) for number, window in windows]
         self.groups = groups
-        self._most_blocks = [groups.most_blocks(group, chunk_tokens) for group in range(len(pools))]
+        self._most_blocks = [groups.most_blocks(group, chunk_tokens) for group in range(len(num_blocks))]
 
     def find(self, sequence: Sequence) -> Finding | None:
         """The cached blocks of a waiting sequence's prefix, and the room for the rest; None if there is not enough."""
@@ -96,7 +100,7 @@ class KVCache:
             del table.block_ids[:passed]
             table.first += passed
             ahead = min(groups.num_blocks(len(sequence.tokens)), table.first + most) - table.end
-            table.block_ids.extend(pool.allocate(max(ahead, 0)))  # no more than were released just now
+            table.block_ids.extend(pool.allocate(max(ahead, 0)))  # no more than were released just now: there are as many
 
     def release(self, sequence: Sequence) -> None:
         """Takes all blocks back; what is sealed stays cached."""

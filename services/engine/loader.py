@@ -18,6 +18,9 @@ from services.engine.models.decoder import Decoder
 from services.engine.settings import EngineSettings
 from services.engine.weights import WeightReader
 
+# Compute capabilities of GPUs whose programs may have 99 KiB; those for data centres have 163 and more.
+SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
@@ -63,7 +66,7 @@ def load_model(
     if kv_format is KVFormat.INT4 and config.head_dim % 4:
         raise InvalidRequest("kv_dtype", f"int4 needs heads whose size 4 divides; the checkpoint's is {config.head_dim}")
     if device.type == "cuda":
-        check_cuda(settings, kv_format, torch.cuda.get_device_capability(device))
+        check_cuda(settings, config, kv_format, torch.cuda.get_device_capability(device))
     decoder = Decoder(config, reader, dtype=dtype, max_model_len=max_model_len, kv_format=kv_format, backend=backend)
     num_blocks = share_kv_memory(config.group_windows, decoder.kv_layouts(settings.block_size), settings, max_model_len=max_model_len)
     kv_buffer = None
@@ -127,10 +130,13 @@ def choose_device(requested: str) -> torch.device:
     return torch.device("cuda" if has_cuda and requested != "cpu" else "cpu")
 
 
-def check_cuda(settings: EngineSettings, kv_format: KVFormat, capability: tuple[int, int]) -> None:
+def check_cuda(settings: EngineSettings, config: ModelConfig, kv_format: KVFormat, capability: tuple[int, int]) -> None:
     """Raises InvalidRequest for what the kernels cannot do on a GPU of this compute capability."""
     if settings.block_size & (settings.block_size - 1):
         raise InvalidRequest("block_size", f"{settings.block_size} is not a power of two, as it must be on cuda")
+    if capability in SMALL_SHARED_MEMORY and (config.latent is not None or config.head_dim > 128):
+        have = ".".join(map(str, capability))
+        raise InvalidRequest("device", f"compute capability {have} has too little shared memory for latents, or heads of more than 128")
     if kv_format is KVFormat.FP8 and capability < (8, 9):
         have = ".".join(map(str, capability))
         raise InvalidRequest("kv_dtype", f"fp8 needs a GPU of compute capability 8.9 or later; this one has {have}. Take int8")

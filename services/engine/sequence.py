@@ -59,7 +59,7 @@ class Sequence:
     tables          for each KV group the blocks that hold those; none while it waits
     block_hashes    hashes of the full blocks of `tokens`, as far as they have been needed
     num_readable    of a prefill for others: tokens whose blocks they can read already
-    num_sealed      leading blocks whose content is published in the pools
+    num_sealed      leading blocks whose content is published in the pools, as far as those have them
     watch           measures the prefill until the first token; None afterwards, and for further choices
     prompt_logprobs of the prompt's tokens but the first, as far as they have been computed; None: not asked for, or told already
     stop_ids        tokens that end the sequence

@@ -4,6 +4,20 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Blocks of tokens, as whoever chooses a worker counts them: of the KV group that keeps all tokens.
+
+    Without one, of the first group, with as many more free as the longest sequence has: a window takes a sequence of any length.
+    """
+
+    total: int
+    free: int
+    cached: int
+    owned: int
+    quarantined: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """Counters since the start and gauges of now; blocks, of all KV groups together, obey free + cached + owned + quarantined == total.
 
@@ -19,6 +33,7 @@ class EngineStats:
     num_reserved: int
     num_held: int
     uncomputed_prompt_tokens: int
+    room: Room
     blocks_total: int
     blocks_free: int
     blocks_cached: int

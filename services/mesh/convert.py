@@ -28,6 +28,7 @@ _OPTIONAL = (
 )
 
 MAX_U32 = 2**32 - 1
+MAX_REGIONS = 64
 
 _FINISH = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
@@ -205,6 +206,9 @@ def endpoint_to_proto(endpoint: KVEndpoint) -> prefill_pb2.KVEndpoint:
 
 
 def endpoint_from_proto(message: prefill_pb2.KVEndpoint) -> KVEndpoint:
+    """Raises InvalidRequest for more regions than any model has KV groups."""
+    if len(message.regions) > MAX_REGIONS:
+        raise InvalidRequest("endpoint.regions", f"are {len(message.regions)}, more than {MAX_REGIONS}", limit=MAX_REGIONS)
     return KVEndpoint(
         host_id=message.host_id,
         shm_address=message.shm_address,

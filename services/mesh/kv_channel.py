@@ -125,8 +125,11 @@ class ShmSendingHalf:
             block = self._memory.block(source_id)
             frames.append(_block_frame(transfer_id, block_index, block, checksum=self._checksum))
             data = failpoints.on_wire("kv.shm_block", block)
+            target = self._peer_memory.block(target_id)
+            if len(target) != len(block):
+                raise ConnectionAbortedError(f"the peer granted {len(target)} bytes for a block of {len(block)}")
             # NumPy's copy gives the GIL away like ctypes.memmove, is as fast, and knows where the pools end.
-            np.copyto(self._peer_memory.block(target_id)[: len(data)], data)
+            np.copyto(target[: len(data)], data)
         return frames
 
     def warm_up(self) -> Iterable[object]:

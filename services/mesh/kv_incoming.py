@@ -50,13 +50,11 @@ class IncomingTransfer:
 
     transfer_id   16 random bytes
     block_ids     of the own pool; block i of the transfer lands in block_ids[i]
-    first_block   the prompt's block that index 0 stands for
     """
 
-    def __init__(self, grants: "Grants", block_ids: Sequence[int], first_block: int) -> None:
+    def __init__(self, grants: "Grants", block_ids: Sequence[int]) -> None:
         self.transfer_id = os.urandom(TRANSFER_ID_BYTES)
         self.block_ids = tuple(block_ids)
-        self.first_block = first_block
         self._grants = grants
         self._phase = Phase.GRANTED
         self._error: BatonError | None = None
@@ -244,11 +242,11 @@ class Grants:
         self._granted_blocks: set[int] = set()
         self._loop = asyncio.get_running_loop()
 
-    def add(self, block_ids: Sequence[int], first_block: int) -> IncomingTransfer:
+    def add(self, block_ids: Sequence[int]) -> IncomingTransfer:
         """A new grant of blocks that its caller owns, and that no other open grant has."""
         blocks = set(block_ids)
         assert blocks and len(blocks) == len(block_ids) and min(blocks) >= 0 and max(blocks) < self.memory.map.num_blocks
-        transfer = IncomingTransfer(self, block_ids, first_block)
+        transfer = IncomingTransfer(self, block_ids)
         with self.lock:
             assert self._granted_blocks.isdisjoint(blocks), "a block was granted to two transfers"
             self._granted_blocks |= blocks

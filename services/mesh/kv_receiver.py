@@ -123,9 +123,9 @@ class KVReceiver:
         for connection in connections:
             connection.close()
 
-    def grant(self, block_ids: Sequence[int], first_block: int = 0) -> IncomingTransfer:
+    def grant(self, block_ids: Sequence[int]) -> IncomingTransfer:
         """A transfer that one sender may open, into blocks that the caller owns (at least one) and does not touch until it has ended."""
-        return self._grants.add(block_ids, first_block)
+        return self._grants.add(block_ids)
 
     @property
     def blocks_landed(self) -> Mapping[str, int]:

@@ -54,6 +54,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             prefix_key=request.prefix_key or None,
             output_token_ids=output,
         )
+        if len(token_ids) >= worker.identity.max_model_len:  # before anything as long as it is made of it
+            most = worker.identity.max_model_len - 1
+            raise InvalidRequest("token_ids", f"are {len(token_ids)}; the model takes {most} and a new one", limit=most)
         places = worker.groups.places(len(token_ids), request.grant.first_block)
         block_ids = _granted_blocks(request.grant, num_places=len(places))
         endpoint = convert.endpoint_from_proto(request.grant.endpoint)
@@ -101,7 +104,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             if is_last:
                 await transfer.finish()
                 assert first_sent_at is not None
-                yield _done(progress, request, blocks_sent=num_sent, first_sent_at=first_sent_at)
+                yield _done(progress, request, blocks_sent=len({place.block for place in places}), first_sent_at=first_sent_at)
                 return
             yield self._progress(progress.num_computed_tokens)
 

@@ -109,13 +109,17 @@ def test_step_when_it_has_more_sequences_or_other_rows_is_not_captured(decoder: 
     assert graphs.run(prompt) is None
 
 
-def test_settings_when_a_gpu_cannot_do_them_are_refused_with_what_it_can() -> None:
-    check_cuda(EngineSettings(), KVFormat.FP8, (8, 9))
-    check_cuda(EngineSettings(block_size=32), KVFormat.INT4, (8, 0))
+def test_settings_when_a_gpu_cannot_do_them_are_refused_with_what_it_can(checkpoints: Path) -> None:
+    config, latent = (load_model_config(checkpoints / name) for name in ("llama3", "deepseek"))
+    check_cuda(EngineSettings(), config, KVFormat.FP8, (8, 9))
+    check_cuda(EngineSettings(block_size=32), config, KVFormat.INT4, (8, 0))
+    check_cuda(EngineSettings(), latent, KVFormat.PLAIN, (9, 0))
+    with pytest.raises(InvalidRequest, match=r"device: compute capability 8\.9 has too little shared memory for latents"):
+        check_cuda(EngineSettings(), latent, KVFormat.PLAIN, (8, 9))
     with pytest.raises(InvalidRequest, match=r"kv_dtype: fp8 needs a GPU of compute capability 8\.9 or later; this one has 8\.0"):
-        check_cuda(EngineSettings(), KVFormat.FP8, (8, 0))
+        check_cuda(EngineSettings(), config, KVFormat.FP8, (8, 0))
     with pytest.raises(InvalidRequest, match="block_size: 48 is not a power of two"):
-        check_cuda(EngineSettings(block_size=48), KVFormat.PLAIN, (9, 0))
+        check_cuda(EngineSettings(block_size=48), config, KVFormat.PLAIN, (9, 0))
     with pytest.raises(InvalidRequest, match="device: 'tpu' is not one of auto, cpu, cuda"):
         EngineSettings(device="tpu").validate()
     assert choose_device("cpu") == torch.device("cpu")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels import Backend, KVFormat, KVLayout, Linear, backend_for, capturable
+from kernels import Backend, KVFormat, KVLayout, Linear, as_capturable, backend_for
 from services.engine.batch import StepBatch
 from services.engine.model_config import ModelConfig
 from services.engine.models.attention import Attention, AttentionStep, GroupedQueryAttention
@@ -84,9 +84,10 @@ class Decoder:
         self.norm = read_norm(config, reader, "model.norm", config.hidden_size, dtype)
         if config.tie_embeddings:
             reader.skip("lm_head.weight")  # some checkpoints store the tied copy as well
-            self.lm_head = Linear(self.embedding, dtype=dtype)
+            head = self.embedding
         else:
-            self.lm_head = Linear(reader.read("lm_head.weight", (config.vocab_size, config.hidden_size)), dtype=dtype)
+            head = reader.read("lm_head.weight", (config.vocab_size, config.hidden_size))
+        self.lm_head = Linear(head, dtype=dtype if self.device.type == "cuda" else torch.float32)
         reader.finish()
 
     def kv_layouts(self, block_size: int) -> list[KVLayout]:
@@ -120,7 +121,7 @@ class Decoder:
     def is_capturable(self) -> bool:
         """Whether a step that gives each sequence one token happens on the device alone, with plans that can be refilled.
 
-        Not with experts, whose tokens are counted on the host.
+        Not with experts, whose tokens are counted on the host, nor with latents, whose plans depend on how long each sequence is.
         """
         return self.config.experts is None and self.config.latent is None
 
@@ -131,12 +132,12 @@ class Decoder:
         for step, group in zip(inputs.steps, batch.groups, strict=True):
             step.slots.copy_(torch.from_numpy(group.slots))
             # Grouped-query attention's plans are the backend's own.
-            capturable(self.backend).refill_plan(step.plan, block_tables=group.block_tables, context_lens=group.context_lens)
+            as_capturable(self.backend).refill_plan(step.plan, block_tables=group.block_tables, context_lens=group.context_lens)
 
     def share_work(self, inputs: StepInputs) -> None:
         """Does again, on the device, what plans made of lengths that have changed."""
         for step in inputs.steps:
-            capturable(self.backend).share_work(step.plan, num_heads=self.config.num_heads)
+            as_capturable(self.backend).share_work(step.plan, num_heads=self.config.num_heads)
 
     def compute(self, inputs: StepInputs) -> torch.Tensor:
         """See forward."""
@@ -164,7 +165,7 @@ class Decoder:
             if layer.mlp_output_norm is not None:
                 delta = backend.rms_norm(delta, layer.mlp_output_norm, config.rms_norm_eps)
             normed = backend.add_rms_norm(hidden, delta, norms_after[index], config.rms_norm_eps)
-        logits: torch.Tensor = self.lm_head(normed).float()
+        logits = self.lm_head.in_fp32(normed)
         if config.logit_softcap is not None:
             logits = logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
         return logits

@@ -220,7 +220,7 @@ def test_cancel_while_a_failed_prefill_is_fenced_is_not_forgotten(tmp_path: Path
             return True
 
     class Receiver:
-        def grant(self, block_ids: Sequence[int], first_block: int) -> Transfer:
+        def grant(self, block_ids: Sequence[int]) -> Transfer:
             return Transfer()
 
     class DyingPeer(PrefillClient):

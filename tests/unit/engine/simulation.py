@@ -84,9 +84,9 @@ class Simulation:
         max_num_seqs: int,
         chunk_tokens: list[int],
     ) -> None:
-        self.pools = [BlockPool(number) for number in num_blocks]
         self.groups = KVGroups(windows, block_size)
-        cache = KVCache(self.pools, self.groups, chunk_tokens=max(chunk_tokens))
+        cache = KVCache(num_blocks, self.groups, chunk_tokens=max(chunk_tokens))
+        self.pools = cache.pools
         self.most_blocks = [self.groups.most_blocks(group, max(chunk_tokens)) for group in range(len(self.pools))]
         self.block_size = block_size
         self.scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, prefill_chunk_tokens=chunk_tokens[0])
@@ -367,10 +367,8 @@ class Simulation:
         if scheduler.waiting and has_place and not preempted:
             first = scheduler.waiting[0]
             if budget_left or first.purpose is Purpose.RECEIVE:
-                assert any(  # no room is left idle
-                    pool.num_available < min(self.groups.num_blocks(len(first.tokens)), most or len(first.tokens))
-                    for pool, most in zip(self.pools, self.most_blocks, strict=True)
-                )
+                needs = (min(self.groups.num_blocks(len(first.tokens)), most or len(first.tokens)) for most in self.most_blocks)
+                assert not all(pool.can_allocate(need) for pool, need in zip(self.pools, needs, strict=True))  # no room is left idle
 
     def check_chunks(self, decoding: list[Sequence], chunks: list[ScheduledChunk]) -> None:
         sizes = [chunk.num_tokens for chunk in chunks]

@@ -77,6 +77,25 @@ def test_prefix_when_the_window_before_its_end_is_gone_is_as_long_as_the_next_wi
     assert serve(simulation, Arrival(prompt=prompt(0, 33), max_tokens=1), 3).cached_tokens == 0
 
 
+@pytest.mark.parametrize("num_blocks", [15, 16, 17, 18, 24])
+def test_window_when_it_moves_on_from_blocks_that_others_hold_finds_as_many(num_blocks: int) -> None:
+    """Whoever releases a block that others hold frees none, and needs one all the same."""
+    simulation = make(None, 12, num_blocks=(400, num_blocks), max_num_seqs=12)
+    stem = prompt(0, 32)
+    serve(simulation, Arrival(prompt=(*stem, 1), max_tokens=1), 100)
+    # Eight prefills are held with the blocks of the stem's window in common, and each with one of its own, while a long prompt moves on.
+    held = [
+        simulation.add(Arrival(prompt=(*stem, index), max_tokens=1, purpose=Purpose.PREFILL, peer=Peer(delay=30)), index)
+        for index in range(8)
+    ]
+    long = simulation.add(Arrival(prompt=(*stem, *prompt(9, 60)), max_tokens=4), 8)
+    while simulation.scheduler.has_work or simulation.scheduler.held or simulation.scheduler.waiting:
+        simulation.tick()
+        assert simulation.now < 200
+    assert {sequence.cached_tokens for sequence in (*held, long)} == {32}
+    assert simulation.finished[-1] == (8, 0)
+
+
 def receive(simulation: Simulation, length: int, order: int, stem: int = 0) -> Sequence:
     arrival = Arrival(prompt=prompt(stem, length), max_tokens=1, purpose=Purpose.RECEIVE, peer=Peer(delay=10**6))
     sequence = simulation.add(arrival, order)
