@@ -161,7 +161,7 @@ def test_stages_when_there_are_choices_or_the_client_speaks_http_add_up_to_its_t
     [
         ("decode.started", "error", "retry", 1),
         ("prefill.mid_prefill", "error", "prefill_retry", 2),
-        ("router.mid_decode", "error@4", "decode_retry", 1),
+        ("router.mid_decode", "error@2", "decode_retry", 1),  # a busy machine tells several tokens at once
     ],
 )
 def test_stages_when_a_worker_fails_add_up_and_name_what_was_lost(
