@@ -245,7 +245,7 @@ class Grants:
     def add(self, block_ids: Sequence[int]) -> IncomingTransfer:
         """A new grant of blocks that its caller owns, and that no other open grant has."""
         blocks = set(block_ids)
-        assert blocks and len(blocks) == len(block_ids) and min(blocks) >= 0 and max(blocks) < self.memory.map.num_blocks
+        assert blocks and len(blocks) == len(block_ids) and min(blocks) >= 0 and max(blocks) < self.memory.num_blocks
         transfer = IncomingTransfer(self, block_ids)
         with self.lock:
             assert self._granted_blocks.isdisjoint(blocks), "a block was granted to two transfers"

@@ -155,7 +155,7 @@ class Connection:
 
     async def send(self, transfer: StreamedTransfer, blocks: Sequence[tuple[int, int]]) -> None:
         for index, block_id in blocks:
-            assert 0 <= index < len(transfer.target_ids) and 0 <= block_id < self._memory.map.num_blocks
+            assert 0 <= index < len(transfer.target_ids) and 0 <= block_id < self._memory.num_blocks
         batch = _Batch(len(blocks), self._loop.create_future())
         with self._changed:
             if transfer.error:

@@ -165,3 +165,18 @@ def test_bytes_when_layers_have_windows_are_those_of_their_windows_and_pools_kee
     for pool, window in zip(pair.decode.pools, config.group_windows, strict=True):
         most = end + 1 if window is None else -(-window // BLOCK_SIZE) + 2
         assert pool.num_cached <= most + -(-len(workload.baseline.tokens[request.request_id]) // BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("workload", ["greedy", "window", "gemma"], indirect=True)
+def test_room_when_it_is_told_is_in_blocks_of_tokens(workload: Workload) -> None:
+    """A router compares it with the blocks of prompts: windows' blocks hold no more tokens, and a window alone takes any number."""
+    core = make_core(workload.decoder, num_blocks=20)
+    more = 0 if None in workload.decoder.config.windows else -(-core.max_model_len // BLOCK_SIZE)
+    room = core.stats().room
+    assert (room.total, room.free, room.cached, room.owned) == (20 + more, 20 + more, 0, 0)
+    assert room.total * BLOCK_SIZE >= core.max_model_len
+    core.add(workload.requests[0])
+    core.step()
+    room = core.stats().room
+    assert room.owned == core.pool.num_owned > 0
+    assert room.free + room.cached + room.owned + room.quarantined == room.total == 20 + more

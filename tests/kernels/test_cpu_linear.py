@@ -141,3 +141,10 @@ def test_fits_half_when_it_says_yes_then_no_product_can_tell(values: list[float]
     if fits_half(weight):
         error = (weight.double() - weight.half().double()).norm()
         assert error <= weight.double().norm() * 2.0**-23
+
+
+def test_in_fp32_when_activations_have_16_bits_does_not_round_the_product() -> None:
+    weight, x = torch.randn(300, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+    product = Linear(weight, dtype=torch.float32).in_fp32(x)
+    torch.testing.assert_close(product, x.float() @ weight.float().t(), rtol=1e-5, atol=1e-5)
+    assert (product.bfloat16().float() != product).any()

@@ -396,3 +396,26 @@ def test_inline_transfer_when_stopped_gives_no_more_blocks() -> None:
                     await outgoing.send([(0, 0)])
 
     run(main)
+
+
+@pytest.mark.parametrize("target_id", [0, 2])
+def test_grant_when_a_block_of_another_size_is_named_over_shm_writes_no_byte_beside_its_place(target_id: int) -> None:
+    """Only a receiver at fault does so: a small block for the place of a large one, or the other way round."""
+
+    async def main() -> None:
+        regions = [(2, BLOCK_BYTES), (2, BLOCK_BYTES // 2)]
+        with KVMemory(regions) as source, KVMemory(regions) as target:
+            source.buffer[:] = b"\x07" * source.pool_bytes
+            async with (
+                KVReceiver(target, layout_fingerprint=LAYOUT) as receiver,
+                KVSender(source, layout_fingerprint=LAYOUT, transports=["shm"]) as sender,
+            ):
+                incoming = receiver.grant([target_id])
+                outgoing = await sender.open(incoming.transfer_id, receiver.endpoint, [target_id])
+                with pytest.raises(PeerUnavailable):
+                    await outgoing.send([(0, 2 - target_id)])
+                    await incoming.wait_landed()
+                assert await incoming.fence(5.0)
+                assert not any(target.buffer)
+
+    run(main)
