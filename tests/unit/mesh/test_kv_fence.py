@@ -1,6 +1,7 @@
 """Ending a transfer, by either side and in every state: after the fence no byte of it is written, and nobody else is disturbed."""
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -412,8 +413,9 @@ def test_grant_when_a_block_of_another_size_is_named_over_shm_writes_no_byte_bes
             ):
                 incoming = receiver.grant([target_id])
                 outgoing = await sender.open(incoming.transfer_id, receiver.endpoint, [target_id])
-                with pytest.raises(PeerUnavailable):
+                with contextlib.suppress(PeerUnavailable):  # it may have left its own pool by then
                     await outgoing.send([(0, 2 - target_id)])
+                with pytest.raises(PeerUnavailable):
                     await incoming.wait_landed()
                 assert await incoming.fence(5.0)
                 assert not any(target.buffer)
