@@ -5,9 +5,9 @@ services but their standard-library words.
 """
 
 from kernels.backend import Backend, BackendName, as_capturable, backend_for, backend_of
-from kernels.cpu_linear import Linear
 from kernels.gumbel import gumbel_noise
 from kernels.kv_layout import KVFormat, KVLayout
+from kernels.linear import Linear
 
 __all__ = [
     "Backend",

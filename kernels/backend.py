@@ -15,7 +15,13 @@ from kernels.kv_layout import KVLayout
 
 
 class Backend(Protocol):
-    """Tensors are contiguous and on one device; a plan is a backend's own."""
+    """Tensors are contiguous and on one device; a plan is a backend's own.
+
+    IS_INVARIANT   a token has the same bits whatever it is batched with, however its prompt is cut; products by kernels.Linear are to be
+                   made for that as well
+    """
+
+    IS_INVARIANT: bool
 
     def plan_attention(
         self,
@@ -97,6 +103,9 @@ class Backend(Protocol):
     def activate_and_mul(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
         """See reference.activate_and_mul."""
 
+    def batched_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [B, M, K] times weight [B, N, K] transposed: [B, M, N]. Of both only the rows of x need be contiguous."""
+
     def copy_blocks(
         self,
         source: torch.Tensor,
@@ -127,6 +136,7 @@ class CapturableBackend(Backend, Protocol):
 class BackendName(enum.StrEnum):
     CPU = "cpu"
     TRITON = "triton"
+    TRITON_INVARIANT = "triton-invariant"
 
 
 def backend_of(name: BackendName) -> Backend:
@@ -135,9 +145,10 @@ def backend_of(name: BackendName) -> Backend:
         from kernels import cpu_backend
 
         return cast(Backend, cpu_backend)
-    from kernels import triton_backend  # only now: it takes a second, and is not installed everywhere
+    # Only now: Triton takes a second, and is not installed everywhere.
+    from kernels import triton_backend, triton_invariant
 
-    return cast(Backend, triton_backend)
+    return cast(Backend, triton_backend if name is BackendName.TRITON else triton_invariant)
 
 
 def as_capturable(backend: Backend) -> CapturableBackend:
@@ -145,6 +156,9 @@ def as_capturable(backend: Backend) -> CapturableBackend:
     return cast(CapturableBackend, backend)
 
 
-def backend_for(device: torch.device) -> Backend:
-    """The fastest backend for tensors on this device."""
-    return backend_of(BackendName.TRITON if device.type == "cuda" else BackendName.CPU)
+def backend_for(device: torch.device, *, batch_invariant: bool = False) -> Backend:
+    """The fastest backend for tensors on this device; in batch-invariant mode only for CUDA."""
+    assert device.type == "cuda" or not batch_invariant
+    if device.type != "cuda":
+        return backend_of(BackendName.CPU)
+    return backend_of(BackendName.TRITON_INVARIANT if batch_invariant else BackendName.TRITON)

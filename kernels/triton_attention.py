@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import triton
 
@@ -26,8 +27,9 @@ INTERPRETED_PROGRAMS = 5  # enough to cut most work somewhere
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodePlan:
-    """Leading sequences with at most MAX_DECODE_QUERY new tokens each; all tensors are on the device, int32.
+    """Sequences with few new tokens each; all tensors are on the device, int32.
 
+    first_row         of the query, where these sequences begin
     num_tokens        new tokens of them all
     block_tables      [S, M] or, where heads have tables of their own, [S, Hk, M]
     context_lens      [S]; query_starts [S + 1]
@@ -36,6 +38,7 @@ class DecodePlan:
     most_query        new tokens of any sequence at most: a launch is shaped by it
     """
 
+    first_row: int
     num_tokens: int
     block_tables: torch.Tensor
     context_lens: torch.Tensor
@@ -83,9 +86,13 @@ def decode_warps(rows: int, layout: KVLayout) -> int:
     return 8 if is_wide or is_large or (rows >= 32 and layout.format is not KVFormat.PLAIN) else 4
 
 
-def tile_rows(rows: int, layout: KVLayout) -> int:
-    """Rows of a decode program's tile for so many query heads and tokens of one KV head. More of a latent's 512 numbers spill registers."""
-    return min(32 if layout.is_latent else 64, max(16, 1 << (rows - 1).bit_length()))
+def tile_rows(rows: int, layout: KVLayout, *, invariant: bool = False) -> int:
+    """Rows of a decode program's tile for so many query heads and tokens of one KV head. More of a latent's 512 numbers spill registers.
+
+    invariant   as many for one token as for a block of them: tiles of other sizes are multiplied by other instructions
+    """
+    most = 32 if layout.is_latent else 64
+    return most if invariant else min(most, max(16, 1 << (rows - 1).bit_length()))
 
 
 def plan_decode(
@@ -97,11 +104,12 @@ def plan_decode(
     num_heads: int,
     device: torch.device,
     window: int | None = None,
+    first_row: int = 0,
     ancestors: torch.Tensor | None = None,
     invariant: bool = False,
 ) -> DecodePlan:
-    """Arguments as of reference.paged_attention; at most MAX_DECODE_QUERY new tokens for each sequence."""
-    assert query_lens and max(query_lens) <= MAX_DECODE_QUERY
+    """Arguments as of reference.paged_attention; a tree has at most MAX_DECODE_QUERY tokens."""
+    assert query_lens and (ancestors is None or max(query_lens) <= MAX_DECODE_QUERY)
     tables = block_tables if isinstance(block_tables, torch.Tensor) else padded(block_tables)
     query_starts = torch.tensor([0, *query_lens]).cumsum(0)
     tree_positions = None
@@ -111,6 +119,7 @@ def plan_decode(
         tree_positions = (prefixes.repeat_interleave(torch.tensor(query_lens)) + depths).to(device, torch.int32)
         ancestors = ancestors.to(device)
     plan = DecodePlan(
+        first_row=first_row,
         num_tokens=sum(query_lens),
         block_tables=tables.to(device, torch.int32),
         context_lens=torch.tensor(context_lens, dtype=torch.int32).to(device),
@@ -129,24 +138,23 @@ def plan_decode(
 
 def padded(block_tables: Sequence[Sequence[int]]) -> torch.Tensor:
     """[S, M] int32 of tables that are not equally long."""
-    tables = torch.zeros(len(block_tables), max(1, *map(len, block_tables)), dtype=torch.int32)
+    tables = np.zeros((len(block_tables), max(1, *map(len, block_tables))), dtype=np.int32)
     for row, table in zip(tables, block_tables, strict=True):
-        row[: len(table)] = torch.tensor(table, dtype=torch.int32)
-    return tables
+        row[: len(table)] = table
+    return torch.from_numpy(tables)
 
 
 def share_units(plan: DecodePlan, num_heads: int) -> None:
     """Computes `starts` on the device, from lengths that lie there: part of a captured graph too."""
     num_sequences = len(plan.context_lens)
-    group = num_heads // plan.layout.num_kv_heads
-    rows = group * plan.most_query
+    rows = num_heads // plan.layout.num_kv_heads * plan.most_query
     plan_units[(1,)](
         plan.starts,
         plan.context_lens,
         plan.query_starts,
         num_sequences,
         plan.window or 0,
-        plan.layout.num_kv_heads * -(-rows // tile_rows(rows, plan.layout)),
+        plan.layout.num_kv_heads * -(-rows // tile_rows(rows, plan.layout, invariant=plan.invariant)),
         BLOCK_N=plan.layout.block_size,
         CHUNK=INVARIANT_CHUNK if plan.invariant else 1,
         HAS_WINDOW=plan.window is not None,
@@ -204,14 +212,16 @@ def run_decode(
     output = query.new_empty(len(query), num_heads, layout.value_dim) if output is None else output
     log_sums = torch.empty(len(query), num_heads, device=query.device) if log_sums is None else log_sums
     group = num_heads // layout.num_kv_heads
-    block_rows = tile_rows(group * plan.most_query, layout)
-    tiles = -(-group * plan.most_query // block_rows)
+    rows = group * plan.most_query
+    block_rows = tile_rows(rows, layout, invariant=plan.invariant)
+    tiles = -(-rows // block_rows)
     num_sequences, table_width = len(plan.context_lens), plan.block_tables.shape[-1]
     programs = num_programs(query.device)
     num_pairs = num_sequences * layout.num_kv_heads * tiles
     num_slots = num_pairs * -(-table_width // INVARIANT_CHUNK) if plan.invariant else 2 * programs
+    part_rows = min(rows, block_rows)
     block_value = triton.next_power_of_2(layout.value_dim)
-    parts, part_sums, arrived = workspace(query.device).take(num_slots, block_rows, block_value, num_pairs)
+    parts, part_sums, arrived = workspace(query.device).take(num_slots, part_rows, block_value, num_pairs)
     numbers, scales = _at_layer(pool, layout, layer)
     stages = LATENT_STAGES if layout.is_latent else DECODE_STAGES
     decode_attention[(programs,)](
@@ -244,6 +254,7 @@ def run_decode(
         GROUP=group,
         TILES=tiles,
         BLOCK_M=block_rows,
+        PART_ROWS=part_rows,
         CHUNK=INVARIANT_CHUNK if plan.invariant else 1,
         INVARIANT=plan.invariant,
         HAS_WINDOW=plan.window is not None,
@@ -254,6 +265,8 @@ def run_decode(
         num_stages=stages,
         maxnreg=255,
         num_warps=decode_warps(block_rows, layout),
+        # The loops over masked blocks and over whole ones must do the same.
+        enable_fp_fusion=not plan.invariant,
         **_widths(layout),
     )
     return output, log_sums

@@ -5,6 +5,7 @@ Specification: the functions of the same names in reference; signatures: kernels
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +25,8 @@ from kernels.triton_attention import (
     share_units,
 )
 
+IS_INVARIANT = False
+
 TOKENS_PER_PROGRAM = 16
 WORDS_PER_PROGRAM = 4096
 MERGED_PER_PROGRAM = 2048
@@ -31,10 +34,10 @@ MERGED_PER_PROGRAM = 2048
 
 @dataclass(frozen=True, slots=True)
 class TritonPlan:
-    """What every layer of one window does in one step."""
+    """What every layer of one window does in one step: a launch for each part, of rows that follow those of the part before."""
 
-    decode: DecodePlan | None
-    prefill: PrefillPlan | None
+    parts: list[DecodePlan | PrefillPlan]
+    layout: KVLayout
 
 
 def plan_attention(
@@ -49,13 +52,12 @@ def plan_attention(
     plain_scores: bool = True,
     ancestors: torch.Tensor | None = None,
     block_lists: Sequence[BlockLists] | None = None,
-    invariant: bool = False,
 ) -> TritonPlan:
     """See kernels.backend."""
     most = 0 if block_lists is not None else MAX_DECODE_QUERY
     num_decodes = next((index for index, query_len in enumerate(query_lens) if query_len > most), len(query_lens))
     assert ancestors is None or num_decodes == len(query_lens), "a tree has at most MAX_DECODE_QUERY tokens"
-    decode = prefill = None
+    parts: list[DecodePlan | PrefillPlan] = []
     if num_decodes:
         decode = plan_decode(
             block_tables=block_tables[:num_decodes],
@@ -66,8 +68,8 @@ def plan_attention(
             device=device,
             window=window,
             ancestors=ancestors,
-            invariant=invariant,
         )
+        parts.append(decode)
     if num_decodes < len(query_lens):
         prefill = plan_prefill(
             block_tables=block_tables[num_decodes:],
@@ -80,21 +82,23 @@ def plan_attention(
             first_row=sum(query_lens[:num_decodes]),
             block_lists=block_lists,
         )
-    return TritonPlan(decode, prefill)
+        parts.append(prefill)
+    return TritonPlan(parts, layout)
 
 
 def refill_plan(plan: TritonPlan, *, block_tables: Sequence[Sequence[int]], context_lens: Sequence[int]) -> None:
     """See kernels.backend."""
-    assert plan.decode is not None and plan.prefill is None
+    (decode,) = plan.parts
     tables = padded(block_tables)
-    plan.decode.block_tables[:, : tables.shape[1]].copy_(tables)
-    plan.decode.context_lens.copy_(torch.tensor(context_lens, dtype=torch.int32))
+    decode.block_tables[:, : tables.shape[1]].copy_(tables)
+    decode.context_lens.copy_(torch.tensor(context_lens, dtype=torch.int32))
 
 
 def share_work(plan: TritonPlan, *, num_heads: int) -> None:
     """See kernels.backend."""
-    assert plan.decode is not None
-    share_units(plan.decode, num_heads)
+    (decode,) = plan.parts
+    assert isinstance(decode, DecodePlan)
+    share_units(decode, num_heads)
 
 
 def paged_attention(
@@ -122,20 +126,15 @@ def attention_with_log_sums(
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As paged_attention, and the log sums by which several parts of a context can be merged."""
-    some = plan.decode or plan.prefill
-    assert some is not None
-    output = query.new_empty(*query.shape[:2], some.layout.value_dim)
+    output = query.new_empty(*query.shape[:2], plan.layout.value_dim)
     log_sums = torch.empty(query.shape[:2], device=query.device)
-    if plan.decode is not None:
-        rows = slice(0, plan.decode.num_tokens)
-        run_decode(
-            query[rows], pool, layer, plan.decode, scale=scale, softcap=softcap, sinks=sinks, output=output[rows], log_sums=log_sums[rows]
-        )
-    if plan.prefill is not None:
-        rows = slice(plan.prefill.first_row, plan.prefill.first_row + plan.prefill.num_tokens)
-        run_prefill(
-            query[rows], pool, layer, plan.prefill, scale=scale, softcap=softcap, sinks=sinks, output=output[rows], log_sums=log_sums[rows]
-        )
+    for part in plan.parts:
+        rows = slice(part.first_row, part.first_row + part.num_tokens)
+        more: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks, "output": output[rows], "log_sums": log_sums[rows]}
+        if isinstance(part, DecodePlan):
+            run_decode(query[rows], pool, layer, part, **more)
+        else:
+            run_prefill(query[rows], pool, layer, part, **more)
     return output, log_sums
 
 
@@ -258,6 +257,11 @@ def activate_and_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     grid = (triton.cdiv(width, block), len(gate_up))
     triton_elementwise.activate_and_mul[grid](gate_up, output, width, BLOCK=block, IS_GELU=activation == "gelu_tanh")
     return output
+
+
+def batched_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See kernels.backend."""
+    return torch.bmm(x, weight.transpose(1, 2))
 
 
 def merge_attention(outputs: torch.Tensor, log_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

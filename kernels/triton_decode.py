@@ -88,6 +88,7 @@ def decode_attention(
     VALUE: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PART_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CELL: tl.constexpr,
     SHARED: tl.constexpr,
@@ -152,6 +153,8 @@ def decode_attention(
         open_block = begin_block
         if HAS_WINDOW:
             all_see = tl.maximum(context_len - window + BLOCK_N - 1, 0) // BLOCK_N
+            if INVARIANT:  # where a token's window begins with a block, that is masked for others of its run
+                all_see = tl.maximum(all_see, first_seen + 1)
             open_block = tl.minimum(tl.maximum(all_see, begin_block), end_block)
         close_block = tl.minimum(tl.maximum(prefix_len // BLOCK_N, open_block), end_block)
 
@@ -213,16 +216,33 @@ def decode_attention(
         else:
             # The first part of a pair is the last piece of its program, all others are the first ones of theirs.
             slot = unit if INVARIANT else 2 * pid + (unit == pair_begin).to(tl.int32)
-            tl.store(part_sums + slot * 2 * BLOCK_M + rows, total)
-            tl.store(part_sums + slot * 2 * BLOCK_M + BLOCK_M + rows, highest)
-            tl.store(parts + slot.to(tl.int64) * BLOCK_M * BLOCK_VALUE + rows[:, None] * BLOCK_VALUE + value_columns[None, :], acc)
+            is_kept = rows < PART_ROWS
+            tl.store(part_sums + slot * 2 * PART_ROWS + rows, total, mask=is_kept)
+            tl.store(part_sums + slot * 2 * PART_ROWS + PART_ROWS + rows, highest, mask=is_kept)
+            part_at = parts + slot.to(tl.int64) * PART_ROWS * BLOCK_VALUE + rows[:, None] * BLOCK_VALUE + value_columns[None, :]
+            tl.store(part_at, acc, mask=is_kept[:, None])
             tl.debug_barrier()  # all of it is written before the count says so
             counter = arrived + (sequence * KV_HEADS * TILES + pair)
             if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
                 tl.debug_barrier()
                 tl.store(counter, 0)
                 first_slot = pair_begin if INVARIANT else 2 * first_program
-                _merge(parts, part_sums, first_slot, num_parts, sink, is_row, row, output, log_sums, VALUE, BLOCK_VALUE, BLOCK_M, INVARIANT)
+                _merge(
+                    parts,
+                    part_sums,
+                    first_slot,
+                    num_parts,
+                    sink,
+                    is_row,
+                    row,
+                    output,
+                    log_sums,
+                    VALUE,
+                    BLOCK_VALUE,
+                    BLOCK_M,
+                    PART_ROWS,
+                    INVARIANT,
+                )
         unit = piece_end
 
 
@@ -240,14 +260,16 @@ def _merge(
     VALUE: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PART_ROWS: tl.constexpr,
     INVARIANT: tl.constexpr,
 ):
     """Writes the rows of a pair whose parts are all there, in the order of the line; some columns at a time, for registers are few."""
     rows = tl.arange(0, BLOCK_M)
+    is_kept = rows < PART_ROWS
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for index in range(num_parts):
-        slot = _slot(first_slot, index, INVARIANT)
-        highest = tl.maximum(highest, tl.load(part_sums + slot * 2 * BLOCK_M + BLOCK_M + rows, cache_modifier=".cg"))
+        highest_at = part_sums + _slot(first_slot, index, INVARIANT) * 2 * PART_ROWS + PART_ROWS + rows
+        highest = tl.maximum(highest, tl.load(highest_at, mask=is_kept, other=float("-inf"), cache_modifier=".cg"))
     base = tl.where(highest == float("-inf"), 0.0, highest)
     COLUMNS: tl.constexpr = min(BLOCK_VALUE, 128)
     for first_column in tl.static_range(0, BLOCK_VALUE, COLUMNS):
@@ -256,10 +278,11 @@ def _merge(
         acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
         for index in range(num_parts):
             slot = _slot(first_slot, index, INVARIANT)
-            weight = tl.exp2(tl.load(part_sums + slot * 2 * BLOCK_M + BLOCK_M + rows, cache_modifier=".cg") - base)
-            total += weight * tl.load(part_sums + slot * 2 * BLOCK_M + rows, cache_modifier=".cg")
-            part_rows = parts + slot.to(tl.int64) * BLOCK_M * BLOCK_VALUE + rows[:, None] * BLOCK_VALUE
-            acc += weight[:, None] * tl.load(part_rows + columns[None, :], cache_modifier=".cg")
+            sums = part_sums + slot * 2 * PART_ROWS + rows
+            weight = tl.exp2(tl.load(sums + PART_ROWS, mask=is_kept, other=float("-inf"), cache_modifier=".cg") - base)
+            total += weight * tl.load(sums, mask=is_kept, other=0.0, cache_modifier=".cg")
+            part_at = parts + slot.to(tl.int64) * PART_ROWS * BLOCK_VALUE + rows[:, None] * BLOCK_VALUE + columns[None, :]
+            acc += weight[:, None] * tl.load(part_at, mask=is_kept[:, None], other=0.0, cache_modifier=".cg")
         factor, log_sum = finish(total, highest, sink)
         result = (acc * factor[:, None]).to(output.dtype.element_ty)
         tl.store(output + row[:, None] * VALUE + columns[None, :], result, mask=is_row[:, None] & (columns < VALUE)[None, :])

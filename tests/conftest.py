@@ -3,8 +3,10 @@
 import importlib.metadata
 import os
 from pathlib import Path
+from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -33,3 +35,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoints of tests/checkpoints.py; with one thread, as on a shared machine."""
     torch.set_num_threads(1)
     return make_checkpoints(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def even_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter every element of a product is summed in the same order, as a GPU's tensor cores do it.
+
+    The interpreter's own product is the processor's library's, in which a row's bits depend on where in the tile it is.
+    """
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    def product(builder: Any, left: Any, right: Any, sums: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+        total = np.zeros_like(sums.data)
+        for number in range(left.data.shape[1]):
+            total += left.data[:, number, None].astype(total.dtype) * right.data[number].astype(total.dtype)
+        return interpreter.TensorHandle(total + sums.data, sums.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", product)

@@ -57,6 +57,7 @@ class MeshOptions:
     port: int = 0
     http_port: int = 0
     device: str | None = None
+    batch_invariant: bool | None = None
     dtype: str | None = None
     kv_dtype: str | None = None
     max_model_len: int | None = None
@@ -158,6 +159,7 @@ def _model_settings(options: MeshOptions, directory: Path) -> dict[str, str]:
 def _worker_settings(options: MeshOptions) -> dict[str, str]:
     values = {
         "device": options.device,
+        "batch_invariant": options.batch_invariant,
         "dtype": options.dtype,
         "kv_dtype": options.kv_dtype,
         "max_model_len": options.max_model_len,

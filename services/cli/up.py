@@ -34,6 +34,9 @@ def up(
         int, typer.Option(help="Of the first router's OpenAI-compatible HTTP; the others have the next ones. 0: any.")
     ] = DEFAULT_HTTP_PORT,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; auto: cuda where there is one.")] = None,
+    batch_invariant: Annotated[
+        bool | None, typer.Option("--batch-invariant", help="On cuda: no token depends on what it is batched with; slower.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16: of activations.")] = None,
     kv_dtype: Annotated[
         str | None, typer.Option(help="auto, fp8, int8 or int4: of stored keys and values; auto: as activations, the others are lossy.")
@@ -60,6 +63,7 @@ def up(
         port=port,
         http_port=http_port,
         device=device,
+        batch_invariant=batch_invariant,
         dtype=dtype,
         kv_dtype=kv_dtype,
         max_model_len=max_model_len,

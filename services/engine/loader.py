@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import Backend, KVFormat, KVLayout
+from kernels import Backend, KVFormat, KVLayout, backend_for
 from services.core.errors import CheckpointError, InvalidRequest
 from services.engine.core import EngineCore
 from services.engine.decode_graphs import capture_graph
@@ -53,6 +53,8 @@ def load_model(
     config = load_model_config(directory)
     generation = load_generation_defaults(directory, config)
     device = choose_device(settings.device)
+    if settings.batch_invariant and device.type != "cuda" and backend is None:
+        raise InvalidRequest("batch_invariant", "is for device cuda; on the CPU float32, the default, keeps tokens apart from their batch")
     reader = WeightReader(directory, device)
     dtype = choose_dtype(settings.dtype, config, device)
     max_model_len = settings.max_model_len or config.context_tokens
@@ -67,7 +69,14 @@ def load_model(
         raise InvalidRequest("kv_dtype", f"int4 needs heads whose size 4 divides; the checkpoint's is {config.head_dim}")
     if device.type == "cuda":
         check_cuda(settings, config, kv_format, torch.cuda.get_device_capability(device))
-    decoder = Decoder(config, reader, dtype=dtype, max_model_len=max_model_len, kv_format=kv_format, backend=backend)
+    decoder = Decoder(
+        config,
+        reader,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        kv_format=kv_format,
+        backend=backend or backend_for(device, batch_invariant=settings.batch_invariant),
+    )
     num_blocks = share_kv_memory(config.group_windows, decoder.kv_layouts(settings.block_size), settings, max_model_len=max_model_len)
     kv_buffer = None
     if allocate_kv:

@@ -8,6 +8,7 @@ Knows nothing of queues; what it is given (a StepBatch and SampleRows) is plain 
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 from itertools import accumulate
 
 import torch
@@ -96,7 +97,16 @@ class ModelRunner:
             torch.cuda.synchronize(self.decoder.device)
 
     def layout_fingerprint(self, model_fingerprint: bytes) -> bytes:
-        """Equal where a block's bytes mean the same, in every group; see KVLayout.fingerprint."""
+        """Equal where a block's bytes mean the same, in every group; see KVLayout.fingerprint.
+
+        In batch-invariant mode: where they would be the same. Other GPUs multiply by other instructions.
+        """
+        if self.decoder.backend.IS_INVARIANT:
+            device = self.decoder.device
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            digest = blake2b(digest_size=len(model_fingerprint), person=b"baton.invariant")
+            digest.update(model_fingerprint + name.encode())
+            model_fingerprint = digest.digest()
         for layout in self.layouts:
             model_fingerprint = layout.fingerprint(model_fingerprint)
         return model_fingerprint

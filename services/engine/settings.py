@@ -14,6 +14,8 @@ class EngineSettings:
     """
     device                 auto: cuda where PyTorch finds one, else cpu
     cuda_graphs            on cuda: steps that give every sequence one token are captured once and replayed
+    batch_invariant        on cuda: a token has the same bits whatever it is batched with, however its prompt is cut and cached, so that no
+                           speed-up changes one; slower. Workers with and without exchange no blocks
     dtype                  of activations; auto: on the CPU float32, in which no speed-up changes a token, on cuda the checkpoint's
     kv_dtype               of stored keys and values; auto: as activations. The others are lossy, with a scale for each token and head:
                            tokens are not those of another kv_dtype, and workers of different ones exchange no blocks
@@ -28,6 +30,7 @@ class EngineSettings:
 
     device: str = "auto"
     cuda_graphs: bool = True
+    batch_invariant: bool = False
     dtype: str = "auto"
     kv_dtype: str = "auto"
     max_model_len: int | None = None

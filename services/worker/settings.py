@@ -35,6 +35,7 @@ class WorkerSettings(ProcessSettings):
     kv_port: int = 0
     device: str = "auto"
     cuda_graphs: bool = True
+    batch_invariant: bool = False
     dtype: str = "auto"
     kv_dtype: str = "auto"
     max_model_len: int | None = None
@@ -60,6 +61,7 @@ class WorkerSettings(ProcessSettings):
         return EngineSettings(
             device=self.device,
             cuda_graphs=self.cuda_graphs,
+            batch_invariant=self.batch_invariant,
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
             max_model_len=self.max_model_len,

@@ -15,7 +15,7 @@ from services.core.errors import InvalidRequest
 from services.engine.batch import GroupBatch, StepBatch
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.kv_groups import KVGroups
-from services.engine.loader import check_cuda, choose_device, choose_dtype
+from services.engine.loader import check_cuda, choose_device, choose_dtype, load_model
 from services.engine.model_config import load_model_config
 from services.engine.models.decoder import Decoder
 from services.engine.settings import EngineSettings
@@ -26,10 +26,10 @@ BLOCK, NUM_BLOCKS, MAX_MODEL_LEN = 16, 12, 160
 BATCHES = [(1, 17, 130), (64, 33), (90,)]
 
 
-@pytest.fixture(scope="module")
-def decoder(checkpoints: Path) -> Decoder:
+@pytest.fixture(scope="module", params=[BackendName.TRITON, BackendName.TRITON_INVARIANT])
+def decoder(checkpoints: Path, request: pytest.FixtureRequest) -> Decoder:
     config, reader = load_model_config(checkpoints / "gemma3"), WeightReader(checkpoints / "gemma3")
-    return Decoder(config, reader, dtype=torch.float32, max_model_len=MAX_MODEL_LEN, backend=backend_of(BackendName.TRITON))
+    return Decoder(config, reader, dtype=torch.float32, max_model_len=MAX_MODEL_LEN, backend=backend_of(request.param))
 
 
 def make_batch(groups: KVGroups, lengths: tuple[int, ...]) -> StepBatch:
@@ -61,6 +61,7 @@ def make_pools(decoder: Decoder) -> list[torch.Tensor]:
     return [pool.normal_(generator=generator) for pool in pools]
 
 
+@pytest.mark.usefixtures("even_products")
 @torch.inference_mode()
 def test_step_when_it_is_captured_gives_the_logits_and_writes_the_cells_of_one_that_is_not(decoder: Decoder) -> None:
     groups, layouts = KVGroups(decoder.config.group_windows, BLOCK), decoder.kv_layouts(BLOCK)
@@ -84,13 +85,14 @@ def test_step_when_it_is_captured_gives_the_logits_and_writes_the_cells_of_one_t
         for pool, expected in zip(pools, expected_pools, strict=True):
             torch.testing.assert_close(pool[:NUM_BLOCKS], expected[:NUM_BLOCKS], rtol=0, atol=0)
     assert sizes == [3, 2, 1]
-    # One that is filled up, two sequences of three, has its sums in another order.
+    # One that is filled up, two sequences of three, has its sums in another order, but for the mode that is for that.
+    is_invariant = decoder.backend.IS_INVARIANT
     del graphs._captured[2]
     logits = graphs.run(batch := make_batch(groups, BATCHES[1]))
     assert logits is not None and sizes[-1] == 3
-    torch.testing.assert_close(logits, decoder.forward(batch, expected_pools, layouts), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits, decoder.forward(batch, expected_pools, layouts), rtol=0, atol=0.0 if is_invariant else 1e-4)
     for pool, expected in zip(pools, expected_pools, strict=True):
-        torch.testing.assert_close(pool[:NUM_BLOCKS], expected[:NUM_BLOCKS], rtol=0, atol=1e-5)
+        torch.testing.assert_close(pool[:NUM_BLOCKS], expected[:NUM_BLOCKS], rtol=0, atol=0.0 if is_invariant else 1e-5)
 
 
 def test_step_when_it_has_more_sequences_or_other_rows_is_not_captured(decoder: Decoder) -> None:
@@ -130,6 +132,12 @@ def test_device_when_there_is_no_gpu_is_the_cpu_unless_one_was_asked_for() -> No
     assert choose_device("auto") == torch.device("cpu")
     with pytest.raises(InvalidRequest, match="device: is cuda, but PyTorch finds no NVIDIA GPU here"):
         choose_device("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU here")
+def test_batch_invariant_mode_without_a_gpu_is_refused(checkpoints: Path) -> None:
+    with pytest.raises(InvalidRequest, match="batch_invariant: is for device cuda; on the CPU float32, the default, keeps tokens apart"):
+        load_model(checkpoints / "llama3", EngineSettings(batch_invariant=True))
 
 
 def test_dtype_when_it_is_automatic_is_the_checkpoints_on_a_gpu_and_fp32_elsewhere(checkpoints: Path) -> None:

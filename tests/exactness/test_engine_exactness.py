@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.cpu_linear import WeightForm, choose_form
+from kernels.linear import WeightForm, choose_form
 from services.core.noise import choice_seed
 from services.engine.core import EngineCore
 from services.engine.loader import load_model

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import KVFormat, KVLayout, triton_attention
+from kernels import KVFormat, KVLayout, triton_attention, triton_invariant, triton_linear
 from kernels import triton_backend as backend
 from kernels.block_lists import dense
 
@@ -76,14 +76,22 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
 
 
 def attention(
-    layout: KVLayout, num_heads: int, query_lens: list[int], *, softcap: float | None = None, has_sinks: bool = False, **planned: Any
+    layout: KVLayout,
+    num_heads: int,
+    query_lens: list[int],
+    *,
+    softcap: float | None = None,
+    has_sinks: bool = False,
+    invariant: bool = False,
+    **planned: Any,
 ) -> None:
     """One step's attention of sequences of 4,096 tokens."""
+    plan_attention = triton_invariant.plan_attention if invariant else backend.plan_attention
     context_lens = [4096] * len(query_lens)
     tables = [list(range(-(-4096 // layout.block_size)))] * len(query_lens)
     pool = layout.allocate(100_000, META)
     query = torch.empty(sum(query_lens), num_heads, layout.head_dim, dtype=layout.dtype, device=META)
-    plan = backend.plan_attention(
+    plan = plan_attention(
         block_tables=tables, query_lens=query_lens, context_lens=context_lens, layout=layout, num_heads=num_heads, device=META, **planned
     )
     sinks = torch.empty(num_heads, device=META) if has_sinks else None
@@ -117,6 +125,15 @@ def write_latent(num_heads: int) -> None:
     backend.rope_and_write_latent(
         query, cell, pool, LATENT, 3, positions=integers, slots=integers, cos=table, sin=table, norm=norm, eps=1e-6
     )
+
+
+def products(dtype: torch.dtype) -> None:
+    """In batch-invariant mode, of a layer, and of all heads of latents."""
+    x, weight = torch.empty(64, 4096, dtype=dtype, device=META), torch.empty(28672, 4096, dtype=dtype, device=META)
+    triton_linear.linear(x, weight, None, x.dtype)
+    triton_linear.linear(x[:, :4000].contiguous(), weight[:, :4000].contiguous(), weight[:, 0].contiguous(), torch.float32)
+    query, up = torch.empty(64, 16, 192, dtype=dtype, device=META), torch.empty(16, 256, 512, dtype=dtype, device=META)
+    triton_linear.batched_linear(query[..., :128].transpose(0, 1), up[:, :128].transpose(1, 2))
 
 
 def elementwise(dtype: torch.dtype) -> None:
@@ -157,6 +174,10 @@ def production() -> dict[str, Case]:
         "decode over latents, 128 heads": partial(attention, LATENT, 128, decode),
         "prefill over expanded latents": partial(attention, EXPANDED, 16, [2048]),
         "write latents": partial(write_latent, 16),
+        "invariant decode": partial(attention, grouped(), 32, decode, invariant=True),
+        "invariant prompt": partial(attention, grouped(), 32, [2048], invariant=True),
+        "invariant over latents": partial(attention, LATENT, 16, [16], invariant=True),
+        "invariant products": partial(products, torch.bfloat16),
         "elementwise": partial(elementwise, torch.bfloat16),
         "copy": partial(copies, grouped(), grouped()),
         "copy to int8": partial(copies, grouped(), grouped(KVFormat.INT8)),
@@ -174,13 +195,15 @@ def everything() -> dict[str, Case]:
     steps = {"decode": [1] * 8, "verify": [8] * 8, "prefill": [2048]}
     for form, head_dim in product(KVFormat, (64, 80, 96, 128, 256)):
         layout, kind = grouped(form, head_dim=head_dim), f"{form.name.lower()} {head_dim}"
-        for (name, query_lens), window in product(steps.items(), (None, 1024)):
-            cases[f"{name} {kind} window {window}"] = partial(attention, layout, 32, query_lens, window=window)
+        for (name, query_lens), window, invariant in product(steps.items(), (None, 1024), (False, True)):
+            mode = "invariant " if invariant else ""
+            cases[f"{mode}{name} {kind} window {window}"] = partial(attention, layout, 32, query_lens, window=window, invariant=invariant)
         cases[f"write {kind}"] = partial(write, layout, 32, has_norm=False)
     for name, query_lens in steps.items():
         cases[f"{name} with sinks"] = partial(attention, grouped(), 64, query_lens, has_sinks=True, window=128)
         cases[f"{name} with capped scores"] = partial(attention, grouped(head_dim=256, num_kv_heads=4), 8, query_lens, softcap=50.0)
         cases[f"{name} in fp16"] = partial(attention, grouped(dtype=torch.float16), 32, query_lens)
-    cases["decode in invariant mode"] = partial(attention, grouped(), 32, [1] * 8, invariant=True)
+    cases["invariant products in fp16"] = partial(products, torch.float16)
+    cases["invariant products in fp32"] = partial(products, torch.float32)
     cases["tree"] = partial(attention, grouped(), 32, [8] * 8, ancestors=torch.ones(64, dtype=torch.int64))
     return cases

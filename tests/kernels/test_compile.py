@@ -10,7 +10,14 @@ from typing import Any
 from tests.kernels.compile_all import SHARED_MEMORY
 
 # Tiles of 64 rows and more; what has fewer is computed by the older instruction, for the newer would waste most of it.
-WARP_GROUP_PRODUCTS = ("prefill", "prefill by lists", "prefill over expanded latents")
+WARP_GROUP_PRODUCTS = (
+    "prefill",
+    "prefill by lists",
+    "prefill over expanded latents",
+    "invariant decode",
+    "invariant prompt",
+    "invariant products",
+)
 
 
 def compiled() -> list[dict[str, Any]]:
@@ -36,6 +43,7 @@ def test_production_kernels_compile_and_fit_every_generation() -> None:
         "rope_and_write_kv",
         "rope_and_write_latent",
         "rms_norm",
+        "linear_kernel",
         "activate_and_mul",
         "merge_attention",
         "copy_heads",

@@ -15,7 +15,7 @@ from kernels.block_lists import BlockLists, dense, dilated, randomly, sinks, sli
 from kernels.kv_cells import copy_blocks, dequantize, quantize, read_cells
 from tests.kernels.pools import filled_pool, random_tree, slots_of
 
-BACKENDS = [BackendName.CPU, BackendName.TRITON]
+BACKENDS = list(BackendName)
 CPU = torch.device("cpu")
 # fp32 sums of the same products in another order; 16-bit weights and results are rounded.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
@@ -356,6 +356,12 @@ def test_norms_and_activation(name: BackendName, seed: int, num_tokens: int, wid
     for activation in ("silu", "gelu_tanh"):
         expected = reference.activate_and_mul(gate_up, activation)
         assert torch.allclose(backend.activate_and_mul(gate_up, activation), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_batched_products_of_rows_and_weights_that_are_parts_of_larger_ones(backend: Backend) -> None:
+    query, up = torch.randn(7, 3, 40), torch.randn(3, 24, 50)
+    x, weight = query[..., :24].transpose(0, 1), up.transpose(1, 2)
+    assert torch.allclose(backend.batched_linear(x, weight), torch.einsum("bmk,bkn->bmn", x, up), atol=1e-5)
 
 
 @pytest.mark.parametrize("source_form", list(KVFormat))

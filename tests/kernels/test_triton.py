@@ -1,4 +1,4 @@
-"""What only the Triton kernels promise: log sums that merge, equal pieces of work, the same bits in any batch."""
+"""What only the Triton kernels promise: log sums that merge, equal pieces of work."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import KVLayout, reference
+from kernels import KVLayout, reference, triton_invariant
 from kernels import triton_attention as attention
 from kernels import triton_backend as backend
 from tests.kernels.pools import filled_pool
@@ -16,8 +16,11 @@ CPU = torch.device("cpu")
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=2, block_size=16, head_dim=16, dtype=torch.float32)
 
 
-def plan(tables: list[list[int]], query_lens: list[int], context_lens: list[int], **more: Any) -> backend.TritonPlan:
-    return backend.plan_attention(
+def plan(
+    tables: list[list[int]], query_lens: list[int], context_lens: list[int], *, invariant: bool = False, **more: Any
+) -> backend.TritonPlan:
+    plan_attention = triton_invariant.plan_attention if invariant else backend.plan_attention
+    return plan_attention(
         block_tables=tables, query_lens=query_lens, context_lens=context_lens, layout=LAYOUT, num_heads=4, device=CPU, **more
     )
 
@@ -64,8 +67,8 @@ def test_counters_are_zero_again_and_rows_of_others_untouched(invariant: bool) -
     context_lens = [300, 0, 17, 600]
     pool, tables = filled_pool(LAYOUT, context_lens, layer=0)
     query = torch.randn(3, 4, 16)
-    planned = plan(tables, [1, 0, 1, 1], context_lens, invariant=invariant).decode
-    assert planned is not None
+    (planned,) = plan(tables, [1, 0, 1, 1], context_lens, invariant=invariant).parts
+    assert isinstance(planned, attention.DecodePlan)
     output, log_sums = torch.full((5, 4, 16), 7.0), torch.full((5, 4), 7.0)
     for _ in range(2):
         attention.run_decode(query, pool, 0, planned, scale=0.3, output=output[:3], log_sums=log_sums[:3])
@@ -111,26 +114,3 @@ def test_units_are_laid_out_one_sequence_after_another(lengths: list[tuple[int, 
         units = -(-blocks // attention.INVARIANT_CHUNK) if invariant else blocks
         expected.append(expected[-1] + units * 2 * tiles)
     assert planned.starts.tolist() == expected
-
-
-def test_in_invariant_mode_a_sequence_has_the_same_bits_alone_and_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    context_lens = [700, 1, 300, 16, 1100]
-    pool, tables = filled_pool(LAYOUT, context_lens, layer=0)
-    query = torch.randn(5, 4, 16)
-
-    def attend(rows: list[int], *, invariant: bool) -> torch.Tensor:
-        planned = plan([tables[row] for row in rows], [1] * len(rows), [context_lens[row] for row in rows], invariant=invariant)
-        return backend.paged_attention(query[rows], pool, 0, planned, scale=0.3)
-
-    together = attend([0, 1, 2, 3, 4], invariant=True)
-    alone = torch.cat([attend([row], invariant=True) for row in range(5)])
-    assert torch.equal(together, alone)
-    assert torch.equal(together.flip(0), attend([4, 3, 2, 1, 0], invariant=True))
-    monkeypatch.setattr(attention, "INTERPRETED_PROGRAMS", 3)
-    attention.num_programs.cache_clear()
-    try:
-        assert torch.equal(together, attend([0, 1, 2, 3, 4], invariant=True))
-        # What makes it worth a mode: other pieces give other sums.
-        assert not torch.equal(attend([0, 4], invariant=False), attend([0, 1, 2, 3, 4], invariant=False)[[0, 4]])
-    finally:
-        attention.num_programs.cache_clear()

@@ -6,7 +6,6 @@ Source: DeepSeekMoE (Dai et al. 2024); groups: DeepSeek-V2 (DeepSeek-AI 2024), s
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 
 from kernels import Backend
 from services.engine.models.layer_weights import LayerWeights
@@ -21,7 +20,8 @@ class Experts:
         assert config.experts is not None
         self._config, self._activation = config.experts, config.activation
         # Weights of less than fp32 would be rounded again in every score: near ties between experts would fall to the wrong one.
-        self._router = weights.read("mlp.gate.weight", self._config.num_routed, config.hidden_size).float()
+        router = weights.read("mlp.gate.weight", self._config.num_routed, config.hidden_size)
+        self._router = weights.linear_of(router.float(), dtype=torch.float32)
         size, modules = self._config.expert_size, [f"mlp.experts.{index}" for index in range(self._config.num_routed)]
         self._gate_up = [weights.linear(module, {"gate_proj": size, "up_proj": size}, config.hidden_size, bias=False) for module in modules]
         self._down = [weights.linear(module, {"down_proj": config.hidden_size}, size, bias=False) for module in modules]
@@ -44,7 +44,7 @@ class Experts:
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts of each token, [T, num_chosen] int64, and what their results are multiplied by, fp32."""
         config = self._config
-        scores = F.linear(x.float(), self._router).softmax(-1)
+        scores = self._router(x.float()).softmax(-1)
         if config.num_chosen_groups < config.num_groups:
             groups = scores.view(len(x), config.num_groups, -1)
             best = groups.amax(-1).topk(config.num_chosen_groups).indices

@@ -75,11 +75,11 @@ class LatentAttention:
             self._query_norm = weights.norm("self_attn.q_a_layernorm", latent.query_rank)
             query_name, query_in = "self_attn.q_b_proj", latent.query_rank
         query = weights.read(f"{query_name}.weight", num_heads * latent.query_dim, query_in)
-        self._query = Linear(_in_halves(query, num_heads, latent.rope_dim), dtype=weights.dtype)
+        self._query = weights.linear_of(_in_halves(query, num_heads, latent.rope_dim))
         name = "self_attn.kv_a_proj_with_mqa"
         cell = _in_halves(weights.read(f"{name}.weight", latent.cell_numbers, hidden_size), 1, latent.rope_dim)
         cell_bias = _in_halves(weights.read(f"{name}.bias", latent.cell_numbers), 1, latent.rope_dim) if bias else None
-        self._cell = Linear(cell, cell_bias, dtype=weights.dtype)
+        self._cell = weights.linear_of(cell, cell_bias)
         self._norm = weights.norm("self_attn.kv_a_layernorm", latent.rank)
         # [Hq, plain + value, rank]. Not a Linear: absorbed, it is multiplied from its other side.
         up = weights.read("self_attn.kv_b_proj.weight", num_heads * (latent.plain_dim + latent.value_dim), latent.rank)
@@ -99,8 +99,13 @@ class LatentAttention:
         sequences = zip(block_tables, query_lens, context_lens, strict=True)
         plans: list[AbsorbedPlan | ExpandedPlan] = []
         start = 0
-        for is_expanded, group in groupby(sequences, lambda sequence: is_cheaper_expanded(self._latent, sequence[1], sequence[2])):
-            if is_expanded:
+
+        def is_expanded(sequence: tuple[Sequence[int], int, int]) -> bool:
+            # The two ways round differently: in batch-invariant mode all tokens go the one that is always there.
+            return not backend.IS_INVARIANT and is_cheaper_expanded(self._latent, sequence[1], sequence[2])
+
+        for expanded, group in groupby(sequences, is_expanded):
+            if expanded:
                 for table, query_len, context_len in group:
                     plans.append(self._plan_expanded(backend, table, start, query_len, context_len, layout, device))
                     start += query_len
@@ -184,9 +189,9 @@ class LatentAttention:
     def _attend_absorbed(self, query: torch.Tensor, step: AttentionStep, layer: int, plan: AbsorbedPlan) -> torch.Tensor:
         plain, rotated = query.tensor_split([self._latent.plain_dim], dim=-1)
         key_up, value_up = self._up.tensor_split([self._latent.plain_dim], dim=1)  # [Hq, …, rank]
-        absorbed = torch.bmm(plain.transpose(0, 1), key_up).transpose(0, 1)
+        absorbed = step.backend.batched_linear(plain.transpose(0, 1), key_up.transpose(1, 2)).transpose(0, 1)
         attended = step.backend.paged_attention(torch.cat((absorbed, rotated), dim=-1), step.pool, layer, plan.plan, scale=self._scale)
-        return torch.bmm(attended.transpose(0, 1), value_up.transpose(1, 2)).transpose(0, 1).flatten(1)
+        return step.backend.batched_linear(attended.transpose(0, 1), value_up).transpose(0, 1).flatten(1)
 
     def _attend_expanded(self, query: torch.Tensor, step: AttentionStep, layer: int, plan: ExpandedPlan) -> torch.Tensor:
         latent, layout = self._latent, plan.layout

@@ -60,6 +60,7 @@ def test_plan_when_options_are_given_sets_them_on_the_workers(ports: ReservedPor
         served_model_name="mine",
         prefill=1,
         decode=3,
+        batch_invariant=True,
         dtype="float32",
         max_model_len=512,
         block_size=32,
@@ -71,6 +72,7 @@ def test_plan_when_options_are_given_sets_them_on_the_workers(ports: ReservedPor
     assert list(plan.worker_ids) == ["prefill-0", "decode-0", "decode-1", "decode-2"]
     for name in plan.worker_ids:
         worker = settings_of(plan, name)
+        assert worker.batch_invariant
         assert (worker.dtype, worker.max_model_len, worker.block_size, worker.kv_memory_bytes) == ("float32", 512, 32, 64 << 20)
         assert (worker.kv_transports, worker.num_threads, worker.served_model_name) == (("tcp",), 2, "mine")
     assert settings_of(plan, "router-0").served_model_name == "mine"

@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from kernels import BackendName, backend_of
 from services.core.errors import InvalidRequest
 from services.core.types import SamplingParams, TokenEvent
 from services.engine.core import EngineCore
 from services.engine.loader import load_model
+from services.engine.model_config import load_model_config
+from services.engine.model_runner import ModelRunner
+from services.engine.models.decoder import Decoder
 from services.engine.sequence import EngineRequest
 from services.engine.settings import EngineSettings
+from services.engine.weights import WeightReader
 from tests.unit.engine.conftest import BLOCK_BYTES, HEAD_DIM, KV_HEADS, LAYERS
 
 SETTINGS = EngineSettings(block_size=16, kv_memory_bytes=8 * BLOCK_BYTES + 1)
@@ -82,6 +88,17 @@ def test_layout_fingerprint_when_blocks_mean_the_same_is_equal_and_else_differs(
     others.append(fingerprint(tmp_path))
     others.extend(fingerprint(checkpoint, kv_dtype=kv_dtype) for kv_dtype in ("fp8", "int8", "int4"))
     assert len({here, *others}) == 8
+
+
+def test_layout_fingerprint_in_batch_invariant_mode_is_another(checkpoint: Path) -> None:
+    def found(name: BackendName) -> bytes:
+        decoder = Decoder(
+            load_model_config(checkpoint), WeightReader(checkpoint), dtype=torch.float32, max_model_len=64, backend=backend_of(name)
+        )
+        return ModelRunner(decoder, block_size=16, num_blocks=[8]).layout_fingerprint(b"m" * 32)
+
+    assert found(BackendName.CPU) == found(BackendName.TRITON) != found(BackendName.TRITON_INVARIANT)
+    assert len(found(BackendName.TRITON_INVARIANT)) == 32
 
 
 def test_blocks_when_quantized_are_as_small_as_the_format_says(checkpoint: Path) -> None:

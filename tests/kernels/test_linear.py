@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.cpu_linear import Linear, WeightForm, choose_form, fits_half
+from kernels.linear import Linear, WeightForm, choose_form, fits_half
 from tests.kernels.conftest import SetThreads
 
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines

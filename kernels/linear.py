@@ -1,4 +1,4 @@
-"""Matrix products with a fixed weight on the CPU, in whichever form this processor multiplies fastest without changing the weight.
+"""Matrix products with a fixed weight, in whichever form the processor multiplies fastest without changing the weight.
 
 A bf16 weight on a processor without bf16 instructions is the interesting case: PyTorch would emulate them, at a quarter of the speed
 of fp32. Such a weight is multiplied in fp32 instead, from a two-byte copy: every bf16 value of ordinary size is an fp16 value as well
@@ -17,9 +17,10 @@ _PACKING = threading.Lock()
 
 
 class WeightForm(enum.Enum):
-    """How a weight is kept. PLAIN: [N, K] in the compute dtype. TRANSPOSED: [K, N] fp32. HALF: packed fp16."""
+    """How a weight is kept. PLAIN: [N, K] in the compute dtype; INVARIANT: so as well. TRANSPOSED: [K, N] fp32. HALF: packed fp16."""
 
     PLAIN = "plain"
+    INVARIANT = "invariant"
     TRANSPOSED = "transposed"
     HALF = "half"
 
@@ -27,13 +28,17 @@ class WeightForm(enum.Enum):
 class Linear:
     """y = x Wᵀ + b for x [T, K], W [N, K], b [N] or none. The output has x's dtype, which is the compute dtype."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype) -> None:
-        """`weight` in the checkpoint's dtype, `dtype` that of the activations."""
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype, is_invariant: bool = False) -> None:
+        """
+        weight         in the checkpoint's dtype
+        dtype          of the activations
+        is_invariant   by Triton: a row has the same bits whatever rows are computed with it
+        """
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.to(dtype)
-        self.form = choose_form(weight, dtype)
+        self.form = WeightForm.INVARIANT if is_invariant else choose_form(weight, dtype)
         match self.form:
-            case WeightForm.PLAIN:
+            case WeightForm.PLAIN | WeightForm.INVARIANT:
                 self._weight = weight.to(dtype).contiguous()
             case WeightForm.TRANSPOSED:
                 self._weight = weight.to(dtype).t().contiguous()
@@ -42,6 +47,8 @@ class Linear:
 
     def in_fp32(self, x: torch.Tensor) -> torch.Tensor:
         """The product in fp32, whatever x's dtype: sums are never rounded to 16 bits. On the CPU for weights made with dtype fp32."""
+        if self.form is WeightForm.INVARIANT:
+            return _invariant(x, self._weight, self.bias, torch.float32)
         if x.is_cuda and x.dtype != torch.float32:
             product = torch.mm(x, self._weight.t(), out_dtype=torch.float32)
             return product if self.bias is None else product.add_(self.bias)
@@ -51,6 +58,8 @@ class Linear:
         match self.form:
             case WeightForm.PLAIN:
                 return F.linear(x, self._weight, self.bias)
+            case WeightForm.INVARIANT:
+                return _invariant(x, self._weight, self.bias, x.dtype)
             case WeightForm.TRANSPOSED:
                 return x @ self._weight if self.bias is None else torch.addmm(self.bias, x, self._weight)
             case WeightForm.HALF:
@@ -80,6 +89,13 @@ def fits_half(weight: torch.Tensor) -> bool:
     error = wide - wide.half().float()
     # Norms in fp64: the squares of the smallest and the largest bf16 values leave fp32.
     return bool((error.norm(dim=1, dtype=torch.float64) <= wide.norm(dim=1, dtype=torch.float64) * 2.0**-24).all())
+
+
+def _invariant(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    from kernels.triton_linear import linear  # only now: Triton is not installed everywhere
+
+    product: torch.Tensor = linear(x, weight, bias, dtype)
+    return product
 
 
 def _pack_half(weight: torch.Tensor) -> torch.Tensor:
