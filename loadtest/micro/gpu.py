@@ -8,12 +8,11 @@ product) are measured in the same run. A peer is a function that is given a Case
 
 import argparse
 import importlib
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from kernels import KVFormat, KVLayout, reference
+from kernels import BackendName, KVFormat, KVLayout
 from kernels.block_lists import dense, randomly, sinks, sliding_window
 from loadtest.micro import gpu_engine
+from loadtest.micro.gpu_bench import Attention, Bench, Call, Row
 
-CACHE_BYTES = 256 << 20  # more than any L2 holds
-LAUNCHES, REPLAYS = 20, 20
 TOLERANCE = 2e-2  # bf16 results of fp32 sums
-Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -66,169 +63,17 @@ TARGETS = {
     "RoPE + int8 + write, 16k tokens": ">= 70 % of copy",
     "pack": ">= 85 % of copy",
     "unpack": ">= 85 % of copy",
+    "blocks to the host": "",
+    "blocks from the host": "",
     "LSE merge of 4, 4k x 32 x 128": ">= 85 % of copy",
+    "invariant decode B32/4k": "",
+    "invariant prefill 8k": "",
+    "invariant product, 32 x 8192 x 8192": "",
+    "invariant product, 8192 x 8192 x 8192": "",
     "engine step, 8B bf16 B1/4k": "",
     "engine step, 8B bf16 B32/4k": "",
+    "engine step, 8B bf16 B32/4k, invariant": "",
 }
-
-
-@dataclass
-class Row:
-    """One line of the table."""
-
-    name: str
-    value: str
-    passed: bool | None = None
-    beside: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Full size, or tiny, for Triton's interpreter."""
-
-    tiny: bool
-
-    def __call__(self, full: int, tiny: int) -> int:
-        return tiny if self.tiny else full
-
-
-class Bench:
-    """Times calls on the device; without one, runs each once, to see that it runs."""
-
-    def __init__(self, device: torch.device, *, tiny: bool) -> None:
-        self.device, self.size = device, Sizes(tiny)
-
-    def seconds(self, calls: Sequence[Call]) -> float:
-        """Of one call. `calls` do the same with other memory, enough of it that no cache helps."""
-        if self.device.type != "cuda":
-            started = time.perf_counter()
-            calls[0]()
-            return time.perf_counter() - started
-        for call in calls[:3]:
-            call()  # compiles
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for index in range(LAUNCHES):
-                calls[index % len(calls)]()
-        times = []
-        for _ in range(REPLAYS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(float(begin.elapsed_time(end)) / 1e3 / LAUNCHES)
-        return statistics.median(times)
-
-    def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        dtype = torch.float16 if self.size.tiny and dtype is torch.bfloat16 else dtype  # the interpreter has no bf16
-        return torch.randn(*shape, device=self.device).to(dtype)
-
-    def layers(self, bytes_each: int) -> int:
-        return 2 if self.size.tiny else max(2, min(64, -(-CACHE_BYTES // bytes_each)))
-
-    def copy_bytes_per_s(self, num_bytes: int) -> float:
-        """Bytes moved, those read and those written, when so many are copied."""
-        pairs = [(self.randn(num_bytes // 4), self.randn(num_bytes // 4)) for _ in range(self.layers(num_bytes))]
-        return 2 * num_bytes / self.seconds([partial(target.copy_, source) for source, target in pairs])
-
-
-class Attention:
-    """A pool of random cells and sequences of one length in it."""
-
-    def __init__(
-        self,
-        bench: Bench,
-        *,
-        sequences: int,
-        context_len: int,
-        query_len: int = 1,
-        kv_heads: int = 8,
-        heads: int = 32,
-        head_dim: int = 128,
-        value_dim: int | None = None,
-        form: KVFormat = KVFormat.PLAIN,
-        **planned: Any,
-    ) -> None:
-        from kernels import triton_backend
-
-        self.backend = triton_backend
-        dtype = torch.float16 if bench.size.tiny else torch.bfloat16
-        one = KVLayout(
-            num_layers=1,
-            num_kv_heads=kv_heads,
-            block_size=bench.size(64, 16),
-            head_dim=head_dim,
-            value_head_dim=value_dim,
-            is_latent=value_dim is not None,
-            dtype=dtype,
-            format=form,
-        )
-        blocks = -(-context_len // one.block_size)
-        self.kv_bytes = sequences * blocks * one.block_bytes
-        self.num_layers = bench.layers(self.kv_bytes)
-        self.layout = KVLayout(
-            num_layers=self.num_layers,
-            num_kv_heads=kv_heads,
-            block_size=one.block_size,
-            head_dim=head_dim,
-            value_head_dim=value_dim,
-            is_latent=value_dim is not None,
-            dtype=dtype,
-            format=form,
-        )
-        self.pool = self.layout.allocate(sequences * blocks, bench.device)
-        if form is KVFormat.PLAIN:
-            self.pool.normal_()
-        else:
-            plain = torch.randn(sequences * blocks * one.block_size, kv_heads, 2 * head_dim, device=bench.device)
-            for layer in range(self.num_layers):
-                self._write(plain, layer)
-        order = torch.randperm(sequences * blocks).tolist()
-        self.tables = [order[index * blocks : (index + 1) * blocks] for index in range(sequences)]
-        self.query = bench.randn(sequences * query_len, heads, head_dim)
-        self.query_lens, self.context_lens = [query_len] * sequences, [context_len] * sequences
-        self.scale = head_dim**-0.5
-        self.plan = triton_backend.plan_attention(
-            block_tables=self.tables,
-            query_lens=self.query_lens,
-            context_lens=self.context_lens,
-            layout=self.layout,
-            num_heads=heads,
-            device=bench.device,
-            **planned,
-        )
-
-    def _write(self, plain: torch.Tensor, layer: int) -> None:
-        num_tokens, width = len(plain), plain.shape[2]
-        half = width // 4
-        qkv = torch.cat((plain[..., : width // 2], plain[..., width // 2 :]), dim=1).contiguous()
-        positions = torch.zeros(num_tokens, dtype=torch.int64, device=plain.device)
-        slots = torch.arange(num_tokens, device=plain.device)
-        cos, sin = torch.ones(1, half, device=plain.device), torch.zeros(1, half, device=plain.device)
-        self.backend.rope_and_write_kv(qkv, self.pool, self.layout, layer, positions=positions, slots=slots, cos=cos, sin=sin)
-
-    def call(self, layer: int) -> torch.Tensor:
-        return self.backend.paged_attention(self.query, self.pool, layer, self.plan, scale=self.scale)
-
-    def seconds(self, bench: Bench) -> float:
-        return bench.seconds([partial(self.call, layer) for layer in range(self.num_layers)])
-
-    def error(self, **more: Any) -> float:
-        """Of the last layer, against the reference, which is computed on the CPU."""
-        expected, _ = reference.paged_attention(
-            self.query.cpu(),
-            self.pool.cpu(),
-            self.layout,
-            self.num_layers - 1,
-            block_tables=self.tables,
-            query_lens=self.query_lens,
-            context_lens=self.context_lens,
-            scale=self.scale,
-            **more,
-        )
-        return float((self.call(self.num_layers - 1).cpu().float() - expected.float()).abs().max())
 
 
 def checks(bench: Bench) -> Iterator[tuple[str, float]]:
@@ -251,8 +96,8 @@ def checks(bench: Bench) -> Iterator[tuple[str, float]]:
     latent: dict[str, Any] = {"kv_heads": 1, "head_dim": bench.size(576, 48), "value_dim": bench.size(512, 32)}
     for num_heads in (16, bench.size(128, 32)):
         yield f"latents {num_heads} heads", Attention(bench, sequences=few, context_len=small, heads=num_heads, **latent).error()
-    alone = Attention(bench, sequences=few, context_len=small, invariant=True, **heads)
-    together, first = alone.call(0).clone(), alone.query[:1].clone()
+    alone = Attention(bench, sequences=few, context_len=small, backend=BackendName.TRITON_INVARIANT, **heads)
+    together = alone.call(0)[:1].clone()
     plan = alone.backend.plan_attention(
         block_tables=alone.tables[:1],
         query_lens=[1],
@@ -260,10 +105,9 @@ def checks(bench: Bench) -> Iterator[tuple[str, float]]:
         layout=alone.layout,
         num_heads=heads["heads"],
         device=bench.device,
-        invariant=True,
     )
-    again = alone.backend.paged_attention(first, alone.pool, 0, plan, scale=alone.scale)
-    yield "same bits in any batch", 0.0 if torch.equal(again, together[:1]) else float("inf")
+    again = alone.backend.paged_attention(alone.query[:1], alone.pool, 0, plan, scale=alone.scale)
+    yield "same bits in any batch", 0.0 if torch.equal(again, together) else float("inf")
     yield from gpu_engine.check(bench.device, tiny=bench.size.tiny)
 
 
@@ -320,6 +164,7 @@ def measure(bench: Bench, peers: Sequence[Callable[[Case], Call | None]]) -> Ite
     rate = 2 * len(work.query) * work.query.shape[1] * work.context_lens[0] * (576 + 512) / work.seconds(bench)
     yield Row("decode MLA 128 heads B32/8k", f"{rate / 1e12:.0f} TFLOP/s", rate >= 330e12)
     yield from _moving(bench, copy)
+    yield from _invariant(bench)
     for name, figure in gpu_engine.measure(bench.device, tiny=bench.size.tiny):
         yield Row(name, figure)
 
@@ -355,12 +200,44 @@ def _moving(bench: Bench, copy: float) -> Iterator[Row]:
         seconds = bench.seconds([call])
         share = 2 * packed.nbytes / seconds / copy
         yield Row(name, f"{100 * share:.0f} %", share >= 0.85)
+    outside = plain.allocate(2 * blocks, torch.device("cpu"))
+    outside = outside if size.tiny else outside.pin_memory()
+    same: Any = {"source_blocks": chosen, "target_blocks": chosen}
+    for name, source, target in (("to", pool, outside), ("from", outside, pool)):
+        seconds = bench.seconds([partial(triton_backend.copy_blocks, source, plain, target, plain, **same)])
+        whole_s = bench.seconds([partial(target[:blocks].copy_, source[:blocks], non_blocking=True)])
+        rates = [f"{packed.nbytes / one / 1e9:.1f} GB/s" for one in (seconds, whole_s)]
+        yield Row(f"blocks {name} the host", rates[0], beside=[f"one copy of as many bytes {rates[1]}"])
     rows = size(4096, 4)
     parts = bench.randn(4, rows, 32, 128)
     log_sums = torch.randn(4, rows, 32, device=bench.device)
     seconds = bench.seconds([partial(triton_backend.merge_attention, parts, log_sums)])
     share = (parts.nbytes * 1.25 + log_sums.nbytes * 1.25) / seconds / copy
     yield Row("LSE merge of 4, 4k x 32 x 128", f"{100 * share:.0f} %", share >= 0.85)
+
+
+def _invariant(bench: Bench) -> Iterator[Row]:
+    """What batch-invariant mode costs: times of what is done without it."""
+    from kernels import triton_linear
+
+    size = bench.size
+    heads: dict[str, Any] = {"heads": size(32, 4), "kv_heads": size(8, 2), "head_dim": size(128, 32)}
+    tokens = size(8192, 64)
+    shapes: dict[str, dict[str, Any]] = {
+        "decode B32/4k": {"sequences": size(32, 2), "context_len": size(4096, 70)},
+        "prefill 8k": {"sequences": 1, "context_len": tokens, "query_len": tokens},
+    }
+    for name, shape in shapes.items():
+        usual_s = Attention(bench, **shape, **heads).seconds(bench)
+        invariant_s = Attention(bench, **shape, **heads, backend=BackendName.TRITON_INVARIANT).seconds(bench)
+        yield Row(f"invariant {name}", f"{invariant_s / usual_s:.2f}x")
+    width = size(8192, 64)
+    for rows in (32, 8192):
+        x = bench.randn(size(rows, 4), width)
+        weights = [bench.randn(width, width) for _ in range(bench.layers(2 * width**2))]
+        usual_s = bench.seconds([partial(F.linear, x, weight) for weight in weights])
+        invariant_s = bench.seconds([partial(triton_linear.linear, x, weight) for weight in weights])
+        yield Row(f"invariant product, {rows} x 8192 x 8192", f"{invariant_s / usual_s:.2f}x")
 
 
 def _beside(row: Row, work: Attention, bench: Bench, peers: Sequence[Callable[[Case], Call | None]]) -> Row:

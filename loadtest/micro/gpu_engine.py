@@ -49,34 +49,50 @@ def model_config(*, tiny: bool) -> ModelConfig:
 class Steps:
     """Decode steps of `sequences` sequences with `context_len` tokens each."""
 
-    def __init__(self, device: torch.device, *, sequences: int, context_len: int, tiny: bool) -> None:
+    def __init__(
+        self, device: torch.device, *, sequences: int, context_len: int, tiny: bool, backend: BackendName = BackendName.TRITON
+    ) -> None:
         dtype = torch.float32 if tiny else torch.bfloat16
         weights: Any = RandomWeights(device, dtype)
         self._device = device
-        self._decoder = Decoder(model_config(tiny=tiny), weights, dtype=dtype, max_model_len=8192, backend=backend_of(BackendName.TRITON))
+        self._decoder = Decoder(model_config(tiny=tiny), weights, dtype=dtype, max_model_len=8192, backend=backend_of(backend))
         groups = KVGroups((None,), 16 if tiny else 64)
         (layout,) = self._layouts = self._decoder.kv_layouts(groups.block_size)
-        blocks = groups.num_blocks(context_len)
+        self._block_size, blocks = groups.block_size, groups.num_blocks(context_len)
         self._pools = [layout.allocate(sequences * blocks + 1, device).normal_()]
-        order = np.random.default_rng(0).permutation(sequences * blocks).tolist()
-        tables = [order[index * blocks : (index + 1) * blocks] for index in range(sequences)]
-        cell = (context_len - 1) % groups.block_size
-        group = GroupBatch(
-            slots=np.array([table[-1] * groups.block_size + cell for table in tables]),
-            block_tables=tables,
-            context_lens=[context_len] * sequences,
-        )
-        self._batch = StepBatch(
-            token_ids=np.arange(sequences),
-            positions=np.full(sequences, context_len - 1),
-            query_lens=[1] * sequences,
-            groups=[group],
-            logit_rows=np.arange(sequences),
-        )
+        order = np.random.default_rng(0).permutation(sequences * blocks)
+        self._tables = order.reshape(sequences, blocks)
+        self._batch = self._spans([(index, context_len - 1, context_len) for index in range(sequences)])
         capture = capture_graph if device.type == "cuda" else _same
         self._graphs = DecodeGraphs(
             self._decoder, self._pools, self._layouts, groups, max_num_seqs=sequences, max_model_len=8192, capture=capture
         )
+
+    def _spans(self, spans: Sequence[tuple[int, int, int]]) -> StepBatch:
+        """Tokens start … end - 1 of each (sequence, start, end)."""
+        positions = [np.arange(start, end) for _, start, end in spans]
+        slots = [
+            self._tables[sequence][seen // self._block_size] * self._block_size + seen % self._block_size
+            for (sequence, _, _), seen in zip(spans, positions, strict=True)
+        ]
+        group = GroupBatch(
+            slots=np.concatenate(slots),
+            block_tables=[self._tables[sequence][: -(-end // self._block_size)].tolist() for sequence, _, end in spans],
+            context_lens=[end for _, _, end in spans],
+        )
+        token_ids = [7 * seen % 251 + sequence for (sequence, _, _), seen in zip(spans, positions, strict=True)]
+        query_lens = [end - start for _, start, end in spans]
+        return StepBatch(
+            token_ids=np.concatenate(token_ids),
+            positions=np.concatenate(positions),
+            query_lens=query_lens,
+            groups=[group],
+            logit_rows=np.arange(sum(query_lens)),
+        )
+
+    def logits(self, *spans: tuple[int, int, int]) -> torch.Tensor:
+        """[T, V] of tokens start … end - 1 of each (sequence, start, end), whose keys and values are stored."""
+        return self._decoder.forward(self._spans(spans), self._pools, self._layouts)
 
     def launched(self) -> torch.Tensor:
         """Logits of a step whose kernels are launched one by one."""
@@ -106,13 +122,24 @@ def check(device: torch.device, *, tiny: bool) -> Iterator[tuple[str, float]]:
     steps = Steps(device, sequences=3, context_len=40 if tiny else 1000, tiny=tiny)
     launched, captured = steps.launched().clone(), steps.captured()
     yield "engine: captured steps", float((launched - captured).abs().max() / launched.abs().max())
+    del steps
+    steps = Steps(device, sequences=2, context_len=40 if tiny else 1000, tiny=tiny, backend=BackendName.TRITON_INVARIANT)
+    end = 37 if tiny else 700
+    whole = steps.logits((0, 0, end))
+    cut = [steps.logits((0, 0, 20)), steps.logits((1, 0, 1), (0, 20, end - 1))[1:], steps.logits((1, 1, 2), (0, end - 1, end))[1:]]
+    difference = float((torch.cat(cut) - whole).abs().max() / whole.abs().max())
+    # In the interpreter products are the processor's library's, which has not this mode.
+    yield "engine: same bits however cut", float("inf") if difference and device.type == "cuda" else difference
 
 
 @torch.inference_mode()
 def measure(device: torch.device, *, tiny: bool) -> Iterator[tuple[str, str]]:
     """Name and figure of each line."""
+    context_len = 40 if tiny else 4096
     for sequences in (1, 32):
-        steps = Steps(device, sequences=min(sequences, 2) if tiny else sequences, context_len=40 if tiny else 4096, tiny=tiny)
+        steps = Steps(device, sequences=min(sequences, 2) if tiny else sequences, context_len=context_len, tiny=tiny)
         captured_s, launched_s = (steps.seconds(step) for step in (steps.captured, steps.launched))
         yield f"engine step, 8B bf16 B{sequences}/4k", f"{captured_s * 1e3:.2f} ms; launched one by one {launched_s * 1e3:.2f} ms"
         del steps  # two models at once are too much for some
+    steps = Steps(device, sequences=2 if tiny else 32, context_len=context_len, tiny=tiny, backend=BackendName.TRITON_INVARIANT)
+    yield "engine step, 8B bf16 B32/4k, invariant", f"{steps.seconds(steps.captured) * 1e3:.2f} ms"

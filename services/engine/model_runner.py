@@ -7,7 +7,7 @@ Knows nothing of queues; what it is given (a StepBatch and SampleRows) is plain 
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from itertools import accumulate
 
@@ -75,20 +75,20 @@ class ModelRunner:
                 capture=capture,
             )
 
-    def copy_out(self, block_ids: Iterable[int]) -> None:
-        """Others can read these blocks now, as they are in the pools."""
-        self._copy(block_ids, self.pools, self._outside)
+    def copy_out(self, blocks: Sequence[Sequence[int]]) -> None:
+        """Others can read these blocks of each group's pool now, as they are there."""
+        self._copy(blocks, self.pools, self._outside)
 
-    def copy_in(self, block_ids: Iterable[int]) -> None:
+    def copy_in(self, blocks: Sequence[Sequence[int]]) -> None:
         """What others wrote into these blocks is in the pools now."""
-        self._copy(block_ids, self._outside, self.pools)
+        self._copy(blocks, self._outside, self.pools)
 
-    def _copy(self, block_ids: Iterable[int], sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-        if not self.is_staged:
-            return
-        for block_id in block_ids:
-            group = max(group for group, first in enumerate(self.first_ids) if first <= block_id)
-            targets[group][block_id - self.first_ids[group]].copy_(sources[group][block_id - self.first_ids[group]], non_blocking=True)
+    def _copy(self, blocks: Sequence[Sequence[int]], sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+        """One launch for each group: pinned memory of the host is in the GPU's address space, and blocks lie where they do in the pool."""
+        for block_ids, source, target, layout in zip(blocks, sources, targets, self.layouts, strict=True):
+            if block_ids:
+                where = torch.tensor(block_ids, dtype=torch.int32, device=self.decoder.device)
+                self.decoder.backend.copy_blocks(source, layout, target, layout, source_blocks=where, target_blocks=where)
         self._wait()
 
     def _wait(self) -> None:
@@ -126,7 +126,7 @@ class ModelRunner:
 
 
 def _pin(tensors: Sequence[torch.Tensor]) -> None:
-    """Lets the GPU copy from and to this memory by itself, at several times the rate."""
+    """Lets the GPU read and write this memory by itself."""
     for tensor in tensors:
         error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)  # type: ignore[no-untyped-call]
         assert int(error) == 0, f"cudaHostRegister: {error}"

@@ -38,12 +38,12 @@ class OutsideView:
     def copy_in(self, sequence: Sequence, num_tokens: int) -> None:
         """What a peer wrote of the first `num_tokens` tokens."""
         if self._runner.is_staged:
-            self._runner.copy_in(self._between(sequence, sequence.num_computed, num_tokens))
+            self._runner.copy_in(self.by_group(self._between(sequence, sequence.num_computed, num_tokens)))
 
     def copy_out(self, sequence: Sequence, num_tokens: int) -> None:
         """Lets a peer read the first `num_tokens` tokens of a prefill, as far as they fill blocks or are all."""
         if self._runner.is_staged:
-            self._runner.copy_out(self._between(sequence, sequence.num_readable, num_tokens))
+            self._runner.copy_out(self.by_group(self._between(sequence, sequence.num_readable, num_tokens)))
             sequence.num_readable = num_tokens // self._groups.block_size * self._groups.block_size
 
     def _between(self, sequence: Sequence, start: int, end: int) -> list[int]:
