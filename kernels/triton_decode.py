@@ -28,7 +28,7 @@ def _num_units(context_len, query_len, window, BLOCK_N: tl.constexpr, CHUNK: tl.
     return tl.where(query_len > 0, (num_blocks + CHUNK - 1) // CHUNK, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "tiles_per_sequence"])
 def plan_units(
     starts,
     context_lens,

@@ -39,7 +39,7 @@ def activate_and_mul(gate_up, output, width, BLOCK: tl.constexpr, IS_GELU: tl.co
     tl.store(output + row * width + column, (activated * up).to(output.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def merge_attention(
     outputs, log_sums, output, log_sum, num_rows, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):

@@ -51,7 +51,7 @@ def encode(rows, scale, FORMAT: tl.constexpr):
     return stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def rope_and_write_kv(
     qkv,
     query,
@@ -129,7 +129,7 @@ def rope_and_write_kv(
         tl.store(stored_at + HALF // PACKED, stored_second, mask=stored_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def rope_and_write_latent(
     query,
     cell,

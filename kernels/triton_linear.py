@@ -17,7 +17,7 @@ FP32_TILE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_s
 TILES_TOGETHER = 8  # of rows, which share columns of the weight while those are in the cache
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def linear_kernel(
     x,
     weight,

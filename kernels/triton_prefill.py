@@ -18,7 +18,7 @@ import triton.language as tl
 from kernels.triton_tile import PLAIN, attend, finish
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "list_stride", "list_len_stride"])
 def prefill_attention(
     query,
     numbers,

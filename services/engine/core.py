@@ -246,9 +246,11 @@ class EngineCore:
         """
         assert all(pool.num_free == pool.num_blocks for pool in self.pools)
         num_tokens, num_groups = min(self.block_size, self.max_model_len), len(self.pools)
-        prompt, token = trial_batch(np.arange(num_tokens), num_groups), trial_batch(np.arange(num_tokens - 1, num_tokens), num_groups)
-        for batch in (prompt, token):
-            self._runner.execute(batch, [])
+        # A GPU's kernels are other ones for each of these numbers of new tokens.
+        for num_new in sorted({min(number, num_tokens) for number in (1, 2, 4, 8, 16)}):
+            self._runner.execute(trial_batch(np.arange(num_tokens - num_new, num_tokens), num_groups), [])
+        prompt = trial_batch(np.arange(num_tokens), num_groups)
+        self._runner.execute(prompt, [])
         started = self._clock()
         self._runner.execute(prompt, [])
         self._pacer.calibrate(num_tokens, self._clock() - started)

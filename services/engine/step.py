@@ -52,14 +52,14 @@ def _group_batch(chunks: List[ScheduledChunk], group: int, block_size: int) -> G
 
 
 def trial_batch(positions: npt.NDArray[np.int64], num_groups: int) -> StepBatch:
-    """The given positions of one sequence that owns block 0 of each KV group."""
+    """The given positions of one sequence that owns block 0 of each KV group, and the logits of the last."""
     group = GroupBatch(slots=positions, block_tables=[[0]], context_lens=[int(positions[-1]) + 1])
     return StepBatch(
         token_ids=np.zeros_like(positions),
         positions=positions,
         query_lens=[len(positions)],
         groups=[group] * num_groups,
-        logit_rows=np.empty(0, dtype=np.int64),
+        logit_rows=np.array([len(positions) - 1]),
     )
 
 

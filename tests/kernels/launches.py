@@ -47,13 +47,15 @@ class Launch:
         names = self.kernel.arg_names
         signature, constants, attributes = {}, {}, {}
         for index, name in enumerate(names):
-            value, is_constant = self.arguments[name], self.kernel.params[index].is_constexpr
-            if is_constant or value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+            value, parameter = self.arguments[name], self.kernel.params[index]
+            is_specialized = not parameter.do_not_specialize
+            is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+            if parameter.is_constexpr or value is None or (is_one and is_specialized):
                 signature[name], constants[(index,)] = "constexpr", value
                 continue
             signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
             offset = value.storage_offset() * value.itemsize if isinstance(value, torch.Tensor) else value
-            if isinstance(offset, int) and offset % 16 == 0:
+            if isinstance(offset, int) and offset % 16 == 0 and is_specialized:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)

@@ -368,15 +368,15 @@ def test_step_when_the_checkpoint_s_end_token_is_outside_the_vocabulary_still_ho
     assert generate_tokens(core, request) == [VOCAB_SIZE - 1] * 2
 
 
-def test_calibrate_computes_a_prompt_and_a_single_token_so_that_no_request_waits_for_the_compiler(
+def test_calibrate_computes_prompts_of_every_kind_and_logits_so_that_no_request_waits_for_the_compiler(
     make_core: MakeCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = make_core()
-    query_lens: list[list[int]] = []
-    monkeypatch.setattr(core._runner, "execute", lambda batch, rows: query_lens.append(batch.query_lens))
+    batches: list[StepBatch] = []
+    monkeypatch.setattr(core._runner, "execute", lambda batch, rows: batches.append(batch))
     core.calibrate()
-    assert [1] in query_lens
-    assert [16] in query_lens
+    assert [batch.query_lens for batch in batches] == [[1], [2], [4], [8], [16], [16], [16]]
+    assert all(batch.logit_rows.tolist() == [len(batch.token_ids) - 1] for batch in batches)
 
 
 def prompt_logprobs(core: EngineCore, request: EngineRequest) -> tuple[TokenLogprobs, ...]:
