@@ -22,6 +22,8 @@ INVARIANT_CHUNK = 16  # blocks
 DECODE_STAGES = 5  # of the pipeline: block ids are a stage of their own, so that two or three blocks are on their way
 LATENT_STAGES = 3  # a block of latents takes as much shared memory as two of other keys and values
 PREFILL_STAGES = 3
+# To ptxas, which else keeps the addresses of all pieces of the queries in registers, 70 of them, and spills others for it.
+FEW_REGISTERS = "--register-usage-level=0"
 INTERPRETED_PROGRAMS = 5  # enough to cut most work somewhere
 
 
@@ -86,12 +88,15 @@ def decode_warps(rows: int, layout: KVLayout) -> int:
     return 8 if is_wide or is_large or (rows >= 32 and layout.format is not KVFormat.PLAIN) else 4
 
 
-def tile_rows(rows: int, layout: KVLayout, *, invariant: bool = False) -> int:
-    """Rows of a decode program's tile for so many query heads and tokens of one KV head. More of a latent's 512 numbers spill registers.
+def tile_rows(rows: int, layout: KVLayout, compute_capability: int, *, invariant: bool = False) -> int:
+    """Rows of a decode program's tile for so many query heads and tokens of one KV head.
+
+    64 of a latent's 512 numbers have room on Hopper alone, whose products take the queries from shared memory, and in two bytes each.
 
     invariant   as many for one token as for a block of them: tiles of other sizes are multiplied by other instructions
     """
-    most = 32 if layout.is_latent else 64
+    has_large_tiles = not layout.is_latent or (90 <= compute_capability < 100 and layout.dtype.itemsize == 2)
+    most = 64 if has_large_tiles else 32
     return most if invariant else min(most, max(16, 1 << (rows - 1).bit_length()))
 
 
@@ -154,7 +159,7 @@ def share_units(plan: DecodePlan, num_heads: int) -> None:
         plan.query_starts,
         num_sequences,
         plan.window or 0,
-        plan.layout.num_kv_heads * -(-rows // tile_rows(rows, plan.layout, invariant=plan.invariant)),
+        plan.layout.num_kv_heads * -(-rows // tile_rows(rows, plan.layout, capability(plan.starts.device), invariant=plan.invariant)),
         BLOCK_N=plan.layout.block_size,
         CHUNK=INVARIANT_CHUNK if plan.invariant else 1,
         HAS_WINDOW=plan.window is not None,
@@ -213,13 +218,13 @@ def run_decode(
     log_sums = torch.empty(len(query), num_heads, device=query.device) if log_sums is None else log_sums
     group = num_heads // layout.num_kv_heads
     rows = group * plan.most_query
-    block_rows = tile_rows(rows, layout, invariant=plan.invariant)
+    block_rows = tile_rows(rows, layout, capability(query.device), invariant=plan.invariant)
     tiles = -(-rows // block_rows)
     num_sequences, table_width = len(plan.context_lens), plan.block_tables.shape[-1]
     programs = num_programs(query.device)
     num_pairs = num_sequences * layout.num_kv_heads * tiles
     num_slots = num_pairs * -(-table_width // INVARIANT_CHUNK) if plan.invariant else 2 * programs
-    part_rows = min(rows, block_rows)
+    part_rows = rows if rows < block_rows and plan.most_query == 1 else block_rows  # one of two numbers, for kernels are compiled for it
     block_value = triton.next_power_of_2(layout.value_dim)
     parts, part_sums, arrived = workspace(query.device).take(num_slots, part_rows, block_value, num_pairs)
     numbers, scales = _at_layer(pool, layout, layer)
@@ -241,6 +246,7 @@ def run_decode(
         output,
         log_sums,
         num_sequences,
+        tiles,
         plan.block_tables.stride(0),
         plan.block_tables.stride(1) if plan.block_tables.dim() == 3 else 0,
         query.stride(0),
@@ -252,7 +258,6 @@ def run_decode(
         softcap or 0.0,
         plan.window or 0,
         GROUP=group,
-        TILES=tiles,
         BLOCK_M=block_rows,
         PART_ROWS=part_rows,
         CHUNK=INVARIANT_CHUNK if plan.invariant else 1,
@@ -267,6 +272,7 @@ def run_decode(
         num_warps=decode_warps(block_rows, layout),
         # The loops over masked blocks and over whole ones must do the same.
         enable_fp_fusion=not plan.invariant,
+        ptx_options=FEW_REGISTERS if layout.is_latent and block_rows > 32 else None,
         **_widths(layout),
     )
     return output, log_sums

@@ -51,7 +51,7 @@ def plan_units(
     tl.store(starts + 1 + index, ends, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "num_tiles", "table_stride"])
 def decode_attention(
     query,
     numbers,
@@ -69,6 +69,7 @@ def decode_attention(
     output,
     log_sums,
     num_sequences,
+    num_tiles,
     table_stride,
     table_head_stride,
     query_stride,
@@ -81,7 +82,6 @@ def decode_attention(
     window,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    TILES: tl.constexpr,
     KEY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     REST: tl.constexpr,
@@ -121,12 +121,12 @@ def decode_attention(
         query_start = tl.load(query_starts + sequence)
         query_len = tl.load(query_starts + sequence + 1) - query_start
         prefix_len = context_len - query_len
-        units_each = (sequence_end - sequence_begin) // (KV_HEADS * TILES)
+        units_each = (sequence_end - sequence_begin) // (KV_HEADS * num_tiles)
         pair = (unit - sequence_begin) // units_each
         pair_begin = sequence_begin + pair * units_each
         pair_end = pair_begin + units_each
         piece_end = unit + 1 if INVARIANT else tl.minimum(end, pair_end)
-        head, tile = pair // TILES, pair % TILES
+        head, tile = pair // num_tiles, pair % num_tiles
 
         token = (tile * BLOCK_M + rows) // GROUP
         query_head = head * GROUP + (tile * BLOCK_M + rows) % GROUP
@@ -157,6 +157,10 @@ def decode_attention(
                 all_see = tl.maximum(all_see, first_seen + 1)
             open_block = tl.minimum(tl.maximum(all_see, begin_block), end_block)
         close_block = tl.minimum(tl.maximum(prefix_len // BLOCK_N, open_block), end_block)
+        # After two loops that share so many sums ptxas waits for every single product: a large latent tile has one, which masks.
+        ONE_LOOP: tl.constexpr = SHARED and BLOCK_M > 32
+        if ONE_LOOP:
+            close_block = begin_block
 
         total = tl.zeros((BLOCK_M,), tl.float32)
         highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -165,7 +169,7 @@ def decode_attention(
         if FORMAT != PLAIN:
             head_scales = scales + head * scale_head_stride
         table = tables + sequence.to(tl.int64) * table_stride + head * table_head_stride
-        for part in tl.static_range(0 if HAS_WINDOW else 1, 3):
+        for part in tl.static_range(2 if ONE_LOOP else 0 if HAS_WINDOW else 1, 3):
             acc, total, highest = attend(
                 queries,
                 query_rest,
@@ -205,13 +209,17 @@ def decode_attention(
         if HAS_SINKS:
             sink = tl.load(sinks + query_head)
         row = row_token.to(tl.int64) * (KV_HEADS * GROUP) + query_head
+        tile_output, output_row = output, row
+        if SHARED and KV_HEADS == 1:
+            # A pair's rows lie one after another, so no register need keep where each does while the latent's sums take half of them.
+            tile_output, output_row = output + (query_start.to(tl.int64) * GROUP + tile * BLOCK_M) * VALUE, rows
         first_program = pair_begin // share
         num_parts = units_each if INVARIANT else (pair_end - 1) // share - first_program + 1
         if num_parts == 1:
             factor, log_sum = finish(total, highest, sink)
             mask = is_row[:, None] & (value_columns < VALUE)[None, :]
             result = (acc * factor[:, None]).to(output.dtype.element_ty)
-            tl.store(output + row[:, None] * VALUE + value_columns[None, :], result, mask=mask)
+            tl.store(tile_output + output_row[:, None] * VALUE + value_columns[None, :], result, mask=mask)
             tl.store(log_sums + row, log_sum, mask=is_row)
         else:
             # The first part of a pair is the last piece of its program, all others are the first ones of theirs.
@@ -222,7 +230,7 @@ def decode_attention(
             part_at = parts + slot.to(tl.int64) * PART_ROWS * BLOCK_VALUE + rows[:, None] * BLOCK_VALUE + value_columns[None, :]
             tl.store(part_at, acc, mask=is_kept[:, None])
             tl.debug_barrier()  # all of it is written before the count says so
-            counter = arrived + (sequence * KV_HEADS * TILES + pair)
+            counter = arrived + (sequence * KV_HEADS * num_tiles + pair)
             if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
                 tl.debug_barrier()
                 tl.store(counter, 0)
@@ -234,8 +242,9 @@ def decode_attention(
                     num_parts,
                     sink,
                     is_row,
+                    output_row,
+                    tile_output,
                     row,
-                    output,
                     log_sums,
                     VALUE,
                     BLOCK_VALUE,
@@ -254,8 +263,9 @@ def _merge(
     num_parts,
     sink,
     is_row,
+    output_row,
+    tile_output,
     row,
-    output,
     log_sums,
     VALUE: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
@@ -284,8 +294,8 @@ def _merge(
             part_at = parts + slot.to(tl.int64) * PART_ROWS * BLOCK_VALUE + rows[:, None] * BLOCK_VALUE + columns[None, :]
             acc += weight[:, None] * tl.load(part_at, mask=is_kept[:, None], other=0.0, cache_modifier=".cg")
         factor, log_sum = finish(total, highest, sink)
-        result = (acc * factor[:, None]).to(output.dtype.element_ty)
-        tl.store(output + row[:, None] * VALUE + columns[None, :], result, mask=is_row[:, None] & (columns < VALUE)[None, :])
+        result = (acc * factor[:, None]).to(tile_output.dtype.element_ty)
+        tl.store(tile_output + output_row[:, None] * VALUE + columns[None, :], result, mask=is_row[:, None] & (columns < VALUE)[None, :])
         if first_column == 0:
             tl.store(log_sums + row, log_sum, mask=is_row)
 

@@ -15,7 +15,7 @@ import triton
 from kernels import triton_backend
 from kernels.block_lists import BlockLists
 from kernels.kv_layout import KVLayout
-from kernels.triton_attention import INVARIANT_CHUNK, DecodePlan, PrefillPlan, plan_decode, tile_rows
+from kernels.triton_attention import INVARIANT_CHUNK, DecodePlan, PrefillPlan, capability, plan_decode, tile_rows
 from kernels.triton_backend import (
     TritonPlan,
     activate_and_mul,
@@ -78,7 +78,8 @@ def plan_attention(
         return TritonPlan([plan_decode(**lists, **same, ancestors=ancestors, invariant=True)], layout)
     parts: list[DecodePlan | PrefillPlan] = []
     first_row = 0
-    for runs in _launches(invariant_runs(query_lens, context_lens, layout.block_size, window), layout, num_heads // layout.num_kv_heads):
+    runs_to_come = invariant_runs(query_lens, context_lens, layout.block_size, window)
+    for runs in _launches(runs_to_come, layout, num_heads // layout.num_kv_heads, tile_rows(1, layout, capability(device), invariant=True)):
         part = plan_decode(
             block_tables=[_table(block_tables[run.sequence], run, context_lens[run.sequence], layout.block_size) for run in runs],
             query_lens=[run.query_len for run in runs],
@@ -110,13 +111,18 @@ def _table(blocks: Sequence[int], run: Run, context_len: int, block_size: int) -
     return blocks if run.context_len == context_len else blocks[: -(-run.context_len // block_size)]
 
 
-def _launches(runs: Iterator[Run], layout: KVLayout, group: int) -> Iterator[list[Run]]:
-    """Runs that are launched together. Single tokens come by themselves: every run of a launch has as many tiles as its longest needs."""
+def _launches(runs: Iterator[Run], layout: KVLayout, group: int, most: int) -> Iterator[list[Run]]:
+    """Runs that are launched together. Single tokens come by themselves: every run of a launch has as many tiles as its longest needs.
+
+    group   query heads of a KV head; most: rows of a tile
+    """
     together: list[Run] = []
     longest = num_blocks = 0
     for run in runs:
         blocks = -(-run.context_len // layout.block_size)
-        needed = _parts_bytes(len(together) + 1, group * max(longest, run.query_len), max(num_blocks, blocks), layout)
+        rows, parts = group * max(longest, run.query_len), -(-max(num_blocks, blocks) // INVARIANT_CHUNK)
+        slots = (len(together) + 1) * layout.num_kv_heads * -(-rows // most) * parts
+        needed = 4 * slots * most * triton.next_power_of_2(layout.value_dim)
         if together and (longest == 1 < run.query_len or needed > PARTS_BYTES):
             yield together
             together, longest, num_blocks = [], 0, 0
@@ -124,10 +130,3 @@ def _launches(runs: Iterator[Run], layout: KVLayout, group: int) -> Iterator[lis
         longest, num_blocks = max(longest, run.query_len), max(num_blocks, blocks)
     if together:
         yield together
-
-
-def _parts_bytes(num_runs: int, rows: int, num_blocks: int, layout: KVLayout) -> int:
-    """What a launch of runs with up to so many rows for a KV head and so many blocks leaves to be merged."""
-    most = tile_rows(rows, layout, invariant=True)
-    num_parts = num_runs * layout.num_kv_heads * -(-rows // most) * -(-num_blocks // INVARIANT_CHUNK)
-    return 4 * num_parts * min(rows, most) * int(triton.next_power_of_2(layout.value_dim))

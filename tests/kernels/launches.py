@@ -31,7 +31,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "ptx_options")
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,7 @@ def production() -> dict[str, Case]:
         "decode in a window": partial(attention, grouped(), 32, decode, window=1024),
         "decode over latents, 16 heads": partial(attention, LATENT, 16, decode),
         "decode over latents, 128 heads": partial(attention, LATENT, 128, decode),
+        "verify over latents, 16 heads": partial(attention, LATENT, 16, [4] * 8),
         "prefill over expanded latents": partial(attention, EXPANDED, 16, [2048]),
         "write latents": partial(write_latent, 16),
         "invariant decode": partial(attention, grouped(), 32, decode, invariant=True),
@@ -208,4 +209,12 @@ def everything() -> dict[str, Case]:
     cases["invariant products in fp16"] = partial(products, torch.float16)
     cases["invariant products in fp32"] = partial(products, torch.float32)
     cases["tree"] = partial(attention, grouped(), 32, [8] * 8, ancestors=torch.ones(64, dtype=torch.int64))
+    for heads, invariant in product((16, 128), (False, True)):
+        kind = f"latents, {heads} heads" + ", in invariant mode" * invariant
+        tree = torch.ones(64, dtype=torch.int64)
+        cases[f"tree over {kind}"] = partial(attention, LATENT, heads, [8] * 8, invariant=invariant, ancestors=tree)
+        if invariant:
+            cases[f"decode over {kind}"] = partial(attention, LATENT, heads, [1] * 8, invariant=True)
+    cases["decode over latents with sinks"] = partial(attention, LATENT, 128, [1] * 8, has_sinks=True)
+    cases["decode over latents with capped scores"] = partial(attention, LATENT, 128, [1] * 8, softcap=50.0)
     return cases

@@ -14,8 +14,11 @@ WARP_GROUP_PRODUCTS = (
     "prefill",
     "prefill by lists",
     "prefill over expanded latents",
+    "decode over latents, 128 heads",
+    "verify over latents, 16 heads",
     "invariant decode",
     "invariant prompt",
+    "invariant over latents",
     "invariant products",
 )
 

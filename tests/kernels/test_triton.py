@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernels import KVLayout, reference, triton_invariant
 from kernels import triton_attention as attention
 from kernels import triton_backend as backend
-from tests.kernels.pools import filled_pool
+from tests.kernels.pools import filled_pool, random_tree
 
 CPU = torch.device("cpu")
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=2, block_size=16, head_dim=16, dtype=torch.float32)
@@ -53,6 +53,27 @@ def test_parts_of_a_context_merge_to_what_the_whole_gives() -> None:
     ):
         assert torch.allclose(merged, whole, atol=1e-5)
         assert torch.allclose(merged_sums, whole_sums, atol=1e-5)
+
+
+# 64 rows are the most that a tile has, and of two bytes a number alone: two tiles, one, and one that is not full.
+@pytest.mark.parametrize(("num_heads", "query_lens"), [(128, [1, 1, 1, 0]), (16, [4, 1, 2, 4]), (16, [3, 1, 0, 2])])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("has_tree", [False, True])
+def test_latents_by_large_tiles(num_heads: int, query_lens: list[int], window: int | None, invariant: bool, has_tree: bool) -> None:
+    layout = KVLayout(num_layers=1, num_kv_heads=1, block_size=16, head_dim=48, value_head_dim=32, is_latent=True, dtype=torch.float16)
+    assert attention.tile_rows(num_heads * max(query_lens), layout, attention.capability(CPU)) == 64
+    context_lens = [300, 1, 37, 64]
+    pool, tables = filled_pool(layout, context_lens, layer=0)
+    query = torch.randn(sum(query_lens), num_heads, 48, generator=torch.Generator().manual_seed(1)).half()
+    lists: dict[str, Any] = {"block_tables": tables, "query_lens": query_lens, "context_lens": context_lens, "window": window}
+    ancestors = random_tree(query_lens) if has_tree else None
+    plan_attention = triton_invariant.plan_attention if invariant else backend.plan_attention
+    planned = plan_attention(**lists, layout=layout, num_heads=num_heads, device=CPU, ancestors=ancestors)
+    output, log_sums = backend.attention_with_log_sums(query, pool, 0, planned, scale=0.2)
+    expected, expected_sums = reference.paged_attention(query, pool, layout, 0, **lists, scale=0.2, ancestors=ancestors)
+    assert torch.allclose(output, expected, atol=2e-3)
+    assert torch.allclose(log_sums, expected_sums, atol=1e-3)
 
 
 def test_merge_of_parts_that_all_saw_nothing_is_nothing() -> None:
