@@ -65,7 +65,7 @@ def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
         )
         assert {bool(timing.prefill_worker_id) for timing in timings[way]} == {way == ELSEWHERE}
         # All that the router knows; the client's two ends are not among them.
-        stages = [stage.name for stage in STAGES if stage.in_ttft and hasattr(timings[way][0], stage.name)]
+        stages = [f"{stage.name}_s" for stage in STAGES if stage.in_ttft and hasattr(timings[way][0], f"{stage.name}_s")]
         for name in (*stages, "model_s", "ttft_s"):
             stage = statistics.median(getattr(timing, name) for timing in timings[way])
             figures.append(Figure(name=f"  {name.removesuffix('_s')}", value=stage * 1e3, unit="ms", runs=runs, on_ratio=False))

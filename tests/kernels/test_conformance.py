@@ -15,7 +15,9 @@ from kernels.block_lists import BlockLists, dense, dilated, randomly, sinks, sli
 from kernels.kv_cells import copy_blocks, dequantize, quantize, read_cells
 from tests.kernels.pools import filled_pool, random_tree, slots_of
 
-BACKENDS = list(BackendName)
+BACKENDS = [BackendName.CPU, BackendName.TRITON]
+# Batch-invariant mode shares its functions with Triton's, but for attention and products; its own tests have the rest.
+every_mode = pytest.mark.parametrize("backend", list(BackendName), indirect=True)
 CPU = torch.device("cpu")
 # fp32 sums of the same products in another order; 16-bit weights and results are rounded.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
@@ -116,6 +118,7 @@ def test_attention_over_blocks_of_every_size(backend: Backend, heads: int, block
     check_attention(backend, [63, 64, 65, 130, 70], [1, 1, 1, 2, 66], heads=heads, block_size=block_size)
 
 
+@every_mode
 @pytest.mark.parametrize("window", [None, 20])
 def test_attention_with_capped_scores_and_sinks(backend: Backend, window: int | None) -> None:
     check_attention(backend, [40, 1, 37, 35], [1, 1, 3, 20], softcap=1.5, window=window)
@@ -123,12 +126,14 @@ def test_attention_with_capped_scores_and_sinks(backend: Backend, window: int | 
     check_attention(backend, [40, 1, 37, 35], [1, 1, 3, 20], has_sinks=True, softcap=1.5, form=KVFormat.INT8, window=window)
 
 
+@every_mode
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("group", [2, 12])
 def test_attention_of_a_tree_of_drafts(backend: Backend, window: int | None, group: int) -> None:
     check_attention(backend, [20, 16, 40, 1, 70], [5, 16, 2, 1, 9], has_tree=True, window=window, group=group)
 
 
+@every_mode
 @pytest.mark.parametrize("group", [4, 16])
 def test_attention_over_latents(backend: Backend, group: int) -> None:
     check_attention(backend, [40, 1, 37, 35], [1, 1, 3, 20], heads=1, group=group, head_dim=48, value_dim=32, is_latent=True)
@@ -358,6 +363,7 @@ def test_norms_and_activation(name: BackendName, seed: int, num_tokens: int, wid
         assert torch.allclose(backend.activate_and_mul(gate_up, activation), expected, rtol=1e-5, atol=1e-6)
 
 
+@every_mode
 def test_batched_products_of_rows_and_weights_that_are_parts_of_larger_ones(backend: Backend) -> None:
     query, up = torch.randn(7, 3, 40), torch.randn(3, 24, 50)
     x, weight = query[..., :24].transpose(0, 1), up.transpose(1, 2)
