@@ -17,11 +17,11 @@ from kernels.kv_layout import KVLayout
 class Backend(Protocol):
     """Tensors are contiguous and on one device; a plan is a backend's own.
 
-    IS_INVARIANT   a token has the same bits whatever it is batched with, however its prompt is cut; products by kernels.Linear are to be
-                   made for that as well
+    INVARIANCE   not empty: a token has the same bits whatever it is batched with, however its prompt is cut, wherever this word and the
+                 kind of GPU are the same; products by kernels.Linear are to be made for that as well
     """
 
-    IS_INVARIANT: bool
+    INVARIANCE: str
 
     def plan_attention(
         self,
@@ -41,6 +41,7 @@ class Backend(Protocol):
 
         Arguments as in reference.paged_attention; sequences with one new token come first, a window is positive.
 
+        block_tables   may be longer than contexts are: a plan that is refilled has room for what they have
         num_heads      query heads
         plain_scores   False where paged_attention will be given a softcap or sinks
         ancestors      a tree of new tokens for each sequence, of at most 16

@@ -17,7 +17,7 @@ __all__ = [
     "rope_and_write_kv",
     "rope_and_write_latent",
 ]
-IS_INVARIANT = False
+INVARIANCE = ""
 
 
 def batched_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

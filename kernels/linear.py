@@ -48,7 +48,7 @@ class Linear:
     def in_fp32(self, x: torch.Tensor) -> torch.Tensor:
         """The product in fp32, whatever x's dtype: sums are never rounded to 16 bits. On the CPU for weights made with dtype fp32."""
         if self.form is WeightForm.INVARIANT:
-            return _invariant(x, self._weight, self.bias, torch.float32)
+            return _invariant(x.to(self._weight.dtype), self._weight, self.bias, torch.float32)
         if x.is_cuda and x.dtype != torch.float32:
             product = torch.mm(x, self._weight.t(), out_dtype=torch.float32)
             return product if self.bias is None else product.add_(self.bias)

@@ -163,35 +163,72 @@ def share_units(plan: DecodePlan, num_heads: int) -> None:
         BLOCK_N=plan.layout.block_size,
         CHUNK=INVARIANT_CHUNK if plan.invariant else 1,
         HAS_WINDOW=plan.window is not None,
-        CAPACITY=triton.next_power_of_2(num_sequences),
+        CAPACITY=max(256, triton.next_power_of_2(num_sequences)),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartsRoom:
+    """What a launch's parts take: slots of `rows` times `columns` sums, and a counter for each pair of a sequence's head and tile.
+
+    block_rows   of a tile; tiles: of a sequence's head
+    """
+
+    block_rows: int
+    tiles: int
+    num_slots: int
+    rows: int
+    columns: int
+    num_pairs: int
+
+    @property
+    def num_bytes(self) -> int:
+        return 4 * self.num_slots * self.rows * self.columns
+
+
+def parts_room(
+    num_sequences: int, most_query: int, num_blocks: int, layout: KVLayout, num_heads: int, device: torch.device, *, invariant: bool
+) -> PartsRoom:
+    """Of a launch for sequences of up to most_query new tokens, whose tables have up to num_blocks."""
+    rows = num_heads // layout.num_kv_heads * most_query
+    block_rows = tile_rows(rows, layout, capability(device), invariant=invariant)
+    tiles = -(-rows // block_rows)
+    num_pairs = num_sequences * layout.num_kv_heads * tiles
+    return PartsRoom(
+        block_rows=block_rows,
+        tiles=tiles,
+        num_slots=num_pairs * -(-num_blocks // INVARIANT_CHUNK) if invariant else 2 * num_programs(device),
+        rows=rows if rows < block_rows and most_query == 1 else block_rows,  # one of two numbers, for kernels are compiled for it
+        columns=int(triton.next_power_of_2(layout.value_dim)),
+        num_pairs=num_pairs,
     )
 
 
 class Workspace:
     """Memory of one device for parts of results, kept from launch to launch; its counters are zero between launches.
 
-    What has become too small is kept as well: captured graphs go on using it.
+    What has become too small is kept as well, for captured graphs go on using it; sizes are powers of two, so that this is no more than
+    what is used.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._outgrown: list[torch.Tensor] = []
-        self._parts = torch.empty(0, device=device)
-        self._sums = torch.empty(0, device=device)
+        self._parts, self._sums = torch.empty(0, device=device), torch.empty(0, device=device)
         self._arrived = torch.zeros(0, dtype=torch.int32, device=device)
 
-    def take(self, num_slots: int, rows: int, columns: int, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def take(self, room: PartsRoom) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Room for the parts, for their sums and maxima, and counters; at least as large as asked for."""
-        if self._parts.numel() < num_slots * rows * columns:
-            self._outgrown.append(self._parts)
-            self._parts = torch.empty(num_slots * rows * columns, device=self._device)
-        if self._sums.numel() < num_slots * 2 * rows:
-            self._outgrown.append(self._sums)
-            self._sums = torch.empty(num_slots * 2 * rows, device=self._device)
-        if self._arrived.numel() < num_pairs:
-            self._outgrown.append(self._arrived)
-            self._arrived = torch.zeros(num_pairs, dtype=torch.int32, device=self._device)
+        self._parts = self._grown(self._parts, room.num_slots * room.rows * room.columns)
+        self._sums = self._grown(self._sums, room.num_slots * 2 * room.rows)
+        self._arrived = self._grown(self._arrived, room.num_pairs)
         return self._parts, self._sums, self._arrived
+
+    def _grown(self, memory: torch.Tensor, size: int) -> torch.Tensor:
+        """The same, or zeros."""
+        if memory.numel() >= size:
+            return memory
+        self._outgrown.append(memory)
+        return memory.new_zeros(triton.next_power_of_2(size))
 
 
 @lru_cache
@@ -217,19 +254,12 @@ def run_decode(
     output = query.new_empty(len(query), num_heads, layout.value_dim) if output is None else output
     log_sums = torch.empty(len(query), num_heads, device=query.device) if log_sums is None else log_sums
     group = num_heads // layout.num_kv_heads
-    rows = group * plan.most_query
-    block_rows = tile_rows(rows, layout, capability(query.device), invariant=plan.invariant)
-    tiles = -(-rows // block_rows)
     num_sequences, table_width = len(plan.context_lens), plan.block_tables.shape[-1]
-    programs = num_programs(query.device)
-    num_pairs = num_sequences * layout.num_kv_heads * tiles
-    num_slots = num_pairs * -(-table_width // INVARIANT_CHUNK) if plan.invariant else 2 * programs
-    part_rows = rows if rows < block_rows and plan.most_query == 1 else block_rows  # one of two numbers, for kernels are compiled for it
-    block_value = triton.next_power_of_2(layout.value_dim)
-    parts, part_sums, arrived = workspace(query.device).take(num_slots, part_rows, block_value, num_pairs)
+    room = parts_room(num_sequences, plan.most_query, table_width, layout, num_heads, query.device, invariant=plan.invariant)
+    parts, part_sums, arrived = workspace(query.device).take(room)
     numbers, scales = _at_layer(pool, layout, layer)
     stages = LATENT_STAGES if layout.is_latent else DECODE_STAGES
-    decode_attention[(programs,)](
+    decode_attention[(num_programs(query.device),)](
         query,
         numbers,
         scales,
@@ -246,7 +276,7 @@ def run_decode(
         output,
         log_sums,
         num_sequences,
-        tiles,
+        room.tiles,
         plan.block_tables.stride(0),
         plan.block_tables.stride(1) if plan.block_tables.dim() == 3 else 0,
         query.stride(0),
@@ -258,8 +288,8 @@ def run_decode(
         softcap or 0.0,
         plan.window or 0,
         GROUP=group,
-        BLOCK_M=block_rows,
-        PART_ROWS=part_rows,
+        BLOCK_M=room.block_rows,
+        PART_ROWS=room.rows,
         CHUNK=INVARIANT_CHUNK if plan.invariant else 1,
         INVARIANT=plan.invariant,
         HAS_WINDOW=plan.window is not None,
@@ -269,10 +299,10 @@ def run_decode(
         STAGES=stages,
         num_stages=stages,
         maxnreg=255,
-        num_warps=decode_warps(block_rows, layout),
+        num_warps=decode_warps(room.block_rows, layout),
         # The loops over masked blocks and over whole ones must do the same.
         enable_fp_fusion=not plan.invariant,
-        ptx_options=FEW_REGISTERS if layout.is_latent and block_rows > 32 else None,
+        ptx_options=FEW_REGISTERS if layout.is_latent and room.block_rows > 32 else None,
         **_widths(layout),
     )
     return output, log_sums

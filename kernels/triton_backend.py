@@ -25,7 +25,7 @@ from kernels.triton_attention import (
     share_units,
 )
 
-IS_INVARIANT = False
+INVARIANCE = ""
 
 TOKENS_PER_PROGRAM = 16
 WORDS_PER_PROGRAM = 4096
@@ -88,17 +88,20 @@ def plan_attention(
 
 def refill_plan(plan: TritonPlan, *, block_tables: Sequence[Sequence[int]], context_lens: Sequence[int]) -> None:
     """See kernels.backend."""
-    (decode,) = plan.parts
-    tables = padded(block_tables)
-    decode.block_tables[:, : tables.shape[1]].copy_(tables)
-    decode.context_lens.copy_(torch.tensor(context_lens, dtype=torch.int32))
+    first = 0
+    for part in plan.parts:
+        end = first + len(part.context_lens)
+        tables = padded(block_tables[first:end])
+        part.block_tables[:, : tables.shape[1]].copy_(tables)
+        part.context_lens.copy_(torch.tensor(context_lens[first:end], dtype=torch.int32))
+        first = end
 
 
 def share_work(plan: TritonPlan, *, num_heads: int) -> None:
     """See kernels.backend."""
-    (decode,) = plan.parts
-    assert isinstance(decode, DecodePlan)
-    share_units(decode, num_heads)
+    for part in plan.parts:
+        assert isinstance(part, DecodePlan)
+        share_units(part, num_heads)
 
 
 def paged_attention(
@@ -296,7 +299,7 @@ def copy_blocks(
     if source_layout.format is target_layout.format and source_layout.dtype == target_layout.dtype:
         from_words, to_words = _words(source, source_layout, first_source_head), _words(target, target_layout, first_target_head)
         num_words = heads * source_layout.head_bytes // 4
-        triton_kv.copy_heads[(triton.cdiv(num_words, WORDS_PER_PROGRAM), source_layout.num_layers, num_blocks)](
+        triton_kv.copy_heads[(num_blocks, source_layout.num_layers, triton.cdiv(num_words, WORDS_PER_PROGRAM))](
             from_words,
             to_words,
             source_blocks,
@@ -309,7 +312,7 @@ def copy_blocks(
         return
     numbers, scales = _from_head(source, source_layout, first_source_head)
     target_numbers, target_scales = _from_head(target, target_layout, first_target_head)
-    triton_kv.convert_heads[(heads, source_layout.num_layers, num_blocks)](
+    triton_kv.convert_heads[(num_blocks, source_layout.num_layers, heads)](
         numbers,
         scales,
         target_numbers,

@@ -7,7 +7,7 @@ whoever comes last merges them, in the line's order. All lengths are read on the
 
 A row of a program's tile is one query head of one new token: the query heads of a KV head read its keys together, and so do the draft
 tokens that speculation verifies (`ancestors` says which of them each one sees). In batch-invariant mode a unit is `CHUNK` blocks from the
-beginning of the context and each unit leaves its part, so that a sequence's sums do not depend on where others begin.
+first one seen on and each unit leaves its part, so that a sequence's sums do not depend on where others begin.
 
 Specification: reference.paged_attention. Source: split-KV decoding (Dao et al. 2023), Stream-K (Osama et al. 2023) for the equal pieces.
 """

@@ -1,7 +1,7 @@
 """Triton's functions in batch-invariant mode: a token has the same bits however its prompt is cut, cached and batched with others.
 
 Norms, rotation and what is done number by number are so in any case. Attention sums a token's context in parts of whole blocks, counted
-from its beginning, in tiles of one size, with the same blocks masked, whether the token comes alone or amid a prompt; products are
+from the first that it sees, in tiles of one size, with the same blocks masked, whether the token comes alone or amid a prompt; products are
 triton_linear's. Signatures: kernels.backend.
 """
 
@@ -15,7 +15,7 @@ import triton
 from kernels import triton_backend
 from kernels.block_lists import BlockLists
 from kernels.kv_layout import KVLayout
-from kernels.triton_attention import INVARIANT_CHUNK, DecodePlan, PrefillPlan, capability, plan_decode, tile_rows
+from kernels.triton_attention import DecodePlan, PrefillPlan, parts_room, plan_decode
 from kernels.triton_backend import (
     TritonPlan,
     activate_and_mul,
@@ -43,15 +43,16 @@ __all__ = [
     "rope_and_write_latent",
     "share_work",
 ]
-IS_INVARIANT = True
-PARTS_BYTES = 256 << 20  # of one launch at most; a batch that leaves more is several
+# What bits depend on besides the kind of GPU: the number goes up with every change to tiles and parts.
+INVARIANCE = f"1, Triton {triton.__version__}"
+PARTS_BYTES = 256 << 20  # of one launch, unless a single run leaves more; a batch that does is several
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """query_len new tokens of a sequence, of which the last sees context_len tokens, itself included."""
 
-    sequence: int
+    block_table: Sequence[int]
     query_len: int
     context_len: int
 
@@ -78,10 +79,9 @@ def plan_attention(
         return TritonPlan([plan_decode(**lists, **same, ancestors=ancestors, invariant=True)], layout)
     parts: list[DecodePlan | PrefillPlan] = []
     first_row = 0
-    runs_to_come = invariant_runs(query_lens, context_lens, layout.block_size, window)
-    for runs in _launches(runs_to_come, layout, num_heads // layout.num_kv_heads, tile_rows(1, layout, capability(device), invariant=True)):
+    for runs in _launches(invariant_runs(**lists, block_size=layout.block_size, window=window), layout, num_heads, device):
         part = plan_decode(
-            block_tables=[_table(block_tables[run.sequence], run, context_lens[run.sequence], layout.block_size) for run in runs],
+            block_tables=[run.block_table for run in runs],
             query_lens=[run.query_len for run in runs],
             context_lens=[run.context_len for run in runs],
             **same,
@@ -93,40 +93,38 @@ def plan_attention(
     return TritonPlan(parts, layout)
 
 
-def invariant_runs(query_lens: Sequence[int], context_lens: Sequence[int], block_size: int, window: int | None) -> Iterator[Run]:
+def invariant_runs(
+    *,
+    block_tables: Sequence[Sequence[int]],
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    block_size: int,
+    window: int | None,
+) -> Iterator[Run]:
     """The new tokens in runs that have the same blocks to mask: those of their last cells, and those where their windows begin."""
-    for sequence, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
+    for table, query_len, context_len in zip(block_tables, query_lens, context_lens, strict=True):
         token = context_len - query_len
         while token < context_len:
             end = min(context_len, token // block_size * block_size + block_size)
             if window is not None:
                 first_seen = max(token - window + 1, 0)
                 end = min(end, window - 1 + first_seen // block_size * block_size + block_size)
-            yield Run(sequence, end - token, end)
+            # The last one's as it is: a plan that is refilled has room for what its tables have.
+            yield Run(table if end == context_len else table[: -(-end // block_size)], end - token, end)
             token = end
 
 
-def _table(blocks: Sequence[int], run: Run, context_len: int, block_size: int) -> Sequence[int]:
-    """As far as a run sees it; that of a sequence's last as it is, for plans of those are filled again with longer ones."""
-    return blocks if run.context_len == context_len else blocks[: -(-run.context_len // block_size)]
-
-
-def _launches(runs: Iterator[Run], layout: KVLayout, group: int, most: int) -> Iterator[list[Run]]:
-    """Runs that are launched together. Single tokens come by themselves: every run of a launch has as many tiles as its longest needs.
-
-    group   query heads of a KV head; most: rows of a tile
-    """
+def _launches(runs: Iterator[Run], layout: KVLayout, num_heads: int, device: torch.device) -> Iterator[list[Run]]:
+    """Runs that are launched together. Single tokens come by themselves: every run of a launch has as many tiles as its longest needs."""
     together: list[Run] = []
-    longest = num_blocks = 0
+    longest = width = 0
     for run in runs:
-        blocks = -(-run.context_len // layout.block_size)
-        rows, parts = group * max(longest, run.query_len), -(-max(num_blocks, blocks) // INVARIANT_CHUNK)
-        slots = (len(together) + 1) * layout.num_kv_heads * -(-rows // most) * parts
-        needed = 4 * slots * most * triton.next_power_of_2(layout.value_dim)
-        if together and (longest == 1 < run.query_len or needed > PARTS_BYTES):
+        query_len, blocks = max(longest, run.query_len), max(width, len(run.block_table))
+        room = parts_room(len(together) + 1, query_len, blocks, layout, num_heads, device, invariant=True)
+        if together and (longest == 1 < query_len or room.num_bytes > PARTS_BYTES):
             yield together
-            together, longest, num_blocks = [], 0, 0
+            together, query_len, blocks = [], run.query_len, len(run.block_table)
         together.append(run)
-        longest, num_blocks = max(longest, run.query_len), max(num_blocks, blocks)
+        longest, width = query_len, blocks
     if together:
         yield together

@@ -196,12 +196,12 @@ def copy_heads(
     num_words,
     BLOCK: tl.constexpr,
 ):
-    """Programs (piece, layer, block): num_words int32 of each layer of a block; heads that follow one another are one piece of memory.
+    """Programs (block, layer, piece): num_words int32 of each layer of a block; heads that follow one another are one piece of memory.
 
     source_blocks, target_blocks   block ids; None: one after another
     """
-    layer, block = tl.program_id(1), tl.program_id(2)
-    word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, layer = tl.program_id(0), tl.program_id(1)
+    word = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     from_block = block if source_blocks is None else tl.load(source_blocks + block)
     to_block = block if target_blocks is None else tl.load(target_blocks + block)
     begin = source + from_block.to(tl.int64) * source_block_stride + layer * source_layer_stride
@@ -239,8 +239,8 @@ def convert_heads(
     SOURCE_FORMAT: tl.constexpr,
     TARGET_FORMAT: tl.constexpr,
 ):
-    """Programs (head, layer, block): one block of one head from a format to another. Arguments as of copy_heads."""
-    head, layer, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Programs (block, layer, head): one block of one head from a format to another. Arguments as of copy_heads."""
+    block, layer, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     from_block = (block if source_blocks is None else tl.load(source_blocks + block)).to(tl.int64)
     to_block = (block if target_blocks is None else tl.load(target_blocks + block)).to(tl.int64)
     begin = source + from_block * source_block_stride + layer * source_layer_stride + head * source_head_stride

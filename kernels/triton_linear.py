@@ -90,10 +90,11 @@ def batched_linear(
             num_rows,
             in_features,
             out_features,
-            x.stride(0),
+            # Of one batch it is not used, and would be another kind of number for other numbers of rows.
+            x.stride(0) if batch > 1 else 0,
             x.stride(1),
             *weight.stride(),
-            output.stride(0),
+            output.stride(0) if batch > 1 else 0,
             IS_WHOLE=in_features % tile["BLOCK_K"] == 0,
             HAS_BIAS=bias is not None,
             TOGETHER=TILES_TOGETHER,

@@ -240,16 +240,17 @@ class EngineCore:
         return events
 
     def calibrate(self) -> None:
-        """Computes a prompt and a token in the still empty pool, to begin with chunks that keep steps short on this machine.
+        """Computes prompts and tokens in the still empty pools, to begin with chunks that keep steps short on this machine.
 
-        Whatever is compiled or allocated by a first call is so before the first request.
+        What is compiled by a first step is so before the first request.
         """
         assert all(pool.num_free == pool.num_blocks for pool in self.pools)
         num_tokens, num_groups = min(self.block_size, self.max_model_len), len(self.pools)
-        # A GPU's kernels are other ones for each of these numbers of new tokens.
-        for num_new in sorted({min(number, num_tokens) for number in (1, 2, 4, 8, 16)}):
-            self._runner.execute(trial_batch(np.arange(num_tokens - num_new, num_tokens), num_groups), [])
-        prompt = trial_batch(np.arange(num_tokens), num_groups)
+        most = min(self.max_model_len, self.block_size * min(pool.num_blocks for pool in self.pools))
+        for num_new in self._runner.trial_lengths:
+            positions = np.arange(min(max(num_tokens, num_new), most))[-num_new:]
+            self._runner.execute(trial_batch(positions, num_groups, self.block_size), [])
+        prompt = trial_batch(np.arange(num_tokens), num_groups, self.block_size)
         self._runner.execute(prompt, [])
         started = self._clock()
         self._runner.execute(prompt, [])

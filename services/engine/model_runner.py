@@ -75,6 +75,11 @@ class ModelRunner:
                 capture=capture,
             )
 
+    @property
+    def trial_lengths(self) -> tuple[int, ...]:
+        """Numbers of new tokens for which steps are compiled apart: kernels have tiles of several sizes, and beyond 16 are others."""
+        return (1, 2, 4, 8, 16, 17) if self.decoder.device.type == "cuda" else (1,)
+
     def copy_out(self, blocks: Sequence[Sequence[int]]) -> None:
         """Others can read these blocks of each group's pool now, as they are there."""
         self._copy(blocks, self.pools, self._outside)
@@ -99,13 +104,13 @@ class ModelRunner:
     def layout_fingerprint(self, model_fingerprint: bytes) -> bytes:
         """Equal where a block's bytes mean the same, in every group; see KVLayout.fingerprint.
 
-        In batch-invariant mode: where they would be the same. Other GPUs multiply by other instructions.
+        In batch-invariant mode: where they would be the same. Other GPUs multiply by other instructions, other compilers choose others.
         """
-        if self.decoder.backend.IS_INVARIANT:
+        if self.decoder.backend.INVARIANCE:
             device = self.decoder.device
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
             digest = blake2b(digest_size=len(model_fingerprint), person=b"baton.invariant")
-            digest.update(model_fingerprint + name.encode())
+            digest.update(model_fingerprint + f"{name}, {self.decoder.backend.INVARIANCE}".encode())
             model_fingerprint = digest.digest()
         for layout in self.layouts:
             model_fingerprint = layout.fingerprint(model_fingerprint)

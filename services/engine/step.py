@@ -46,14 +46,16 @@ def _group_batch(chunks: List[ScheduledChunk], group: int, block_size: int) -> G
         start = chunk.sequence.num_computed - skipped
         end = start + chunk.num_tokens
         slots.extend(table.block_ids[p // block_size] * block_size + p % block_size for p in range(start, end))
-        block_tables.append(table.block_ids)
+        # Blocks that are there for later tokens are left out: plans have room for what tables have.
+        block_tables.append(table.block_ids[: -(-end // block_size)])
         context_lens.append(end)
     return GroupBatch(slots=np.array(slots, dtype=np.int64), block_tables=block_tables, context_lens=context_lens)
 
 
-def trial_batch(positions: npt.NDArray[np.int64], num_groups: int) -> StepBatch:
-    """The given positions of one sequence that owns block 0 of each KV group, and the logits of the last."""
-    group = GroupBatch(slots=positions, block_tables=[[0]], context_lens=[int(positions[-1]) + 1])
+def trial_batch(positions: npt.NDArray[np.int64], num_groups: int, block_size: int) -> StepBatch:
+    """The given positions of one sequence that owns the first blocks of each KV group, and the logits of the last."""
+    context_len = int(positions[-1]) + 1
+    group = GroupBatch(slots=positions, block_tables=[list(range(-(-context_len // block_size)))], context_lens=[context_len])
     return StepBatch(
         token_ids=np.zeros_like(positions),
         positions=positions,

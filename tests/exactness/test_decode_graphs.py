@@ -86,7 +86,7 @@ def test_step_when_it_is_captured_gives_the_logits_and_writes_the_cells_of_one_t
             torch.testing.assert_close(pool[:NUM_BLOCKS], expected[:NUM_BLOCKS], rtol=0, atol=0)
     assert sizes == [3, 2, 1]
     # One that is filled up, two sequences of three, has its sums in another order, but for the mode that is for that.
-    is_invariant = decoder.backend.IS_INVARIANT
+    is_invariant = bool(decoder.backend.INVARIANCE)
     del graphs._captured[2]
     logits = graphs.run(batch := make_batch(groups, BATCHES[1]))
     assert logits is not None and sizes[-1] == 3

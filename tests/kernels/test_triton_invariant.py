@@ -94,7 +94,7 @@ def test_tokens_have_the_same_bits_however_their_prompt_is_cut(
     assert torch.equal(attend(0, length), whole)
 
 
-def test_launches_leave_no_more_parts_than_there_is_room_for_and_single_tokens_come_by_themselves() -> None:
+def test_single_tokens_are_launched_by_themselves_and_rows_follow_each_other() -> None:
     query_lens, context_lens = [1, 1, 1, 700, 30], [40, 700, 3, 900, 30]
     tables = [list(range(-(-length // 16))) for length in context_lens]
     parts = plan(tables, query_lens, context_lens).parts
@@ -104,15 +104,35 @@ def test_launches_leave_no_more_parts_than_there_is_room_for_and_single_tokens_c
     assert plan([[]], [0], [0]).parts == []
 
 
+@pytest.mark.parametrize("layout", [PLAIN, LATENT])
+def test_launches_leave_no_more_parts_than_there_is_room_for(layout: KVLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "PARTS_BYTES", 1 << 20)
+    query_lens, context_lens = [1] * 40 + [900, 2], [1500] * 40 + [2000, 64]
+    tables = [[0] * 130] * 42  # longer than their contexts
+    memory = attention.Workspace(CPU)
+    parts = plan(tables, query_lens, context_lens, layout).parts
+    assert len(parts) > 3
+    for part in parts:
+        sequences, width = part.block_tables.shape
+        room = attention.parts_room(sequences, part.most_query, width, layout, HEADS, CPU, invariant=True)
+        assert room.num_bytes <= 1 << 20
+        assert memory.take(room)[0].numel() * 4 >= room.num_bytes
+    held = sum(tensor.nbytes for tensor in [memory._parts, *memory._outgrown])
+    assert held <= 1 << 22  # sums and counters of outgrown sizes are among them
+
+
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), max_size=4), st.none() | st.integers(1, 100))
 def test_tokens_of_a_run_have_the_same_blocks_to_mask(lengths: list[tuple[int, int]], window: int | None) -> None:
     query_lens, context_lens = [query for _, query in lengths], [prefix + query for prefix, query in lengths]
+    tables = [[index] * 26 for index in range(len(lengths))]
     tokens = []
-    for run in backend.invariant_runs(query_lens, context_lens, 16, window):
+    runs = backend.invariant_runs(block_tables=tables, query_lens=query_lens, context_lens=context_lens, block_size=16, window=window)
+    for run in runs:
+        assert len(run.block_table) * 16 >= run.context_len
         seen = range(run.context_len - run.query_len, run.context_len)
         assert len({token // 16 for token in seen}) == 1
         assert window is None or len({max(token - window + 1, 0) // 16 for token in seen}) == 1
-        tokens += [(run.sequence, token) for token in seen]
+        tokens += [(run.block_table[0], token) for token in seen]
     assert tokens == [(index, prefix + token) for index, (prefix, query) in enumerate(lengths) for token in range(query)]
 
 

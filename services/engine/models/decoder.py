@@ -79,7 +79,7 @@ class Decoder:
         self.embedding = reader.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.layers = []
         for index, window in enumerate(config.windows):
-            weights = LayerWeights(config=config, reader=reader, index=index, dtype=dtype, is_invariant=self.backend.IS_INVARIANT)
+            weights = LayerWeights(config=config, reader=reader, index=index, dtype=dtype, is_invariant=bool(self.backend.INVARIANCE))
             self.layers.append(_read_layer(weights, rope if window is None else window_rope))
         self.norm = read_norm(config, reader, "model.norm", config.hidden_size, dtype)
         if config.tie_embeddings:
@@ -88,7 +88,7 @@ class Decoder:
         else:
             head = reader.read("lm_head.weight", (config.vocab_size, config.hidden_size))
         head_dtype = dtype if self.device.type == "cuda" else torch.float32
-        self.lm_head = Linear(head, dtype=head_dtype, is_invariant=self.backend.IS_INVARIANT)
+        self.lm_head = Linear(head, dtype=head_dtype, is_invariant=bool(self.backend.INVARIANCE))
         reader.finish()
 
     def kv_layouts(self, block_size: int) -> list[KVLayout]:

@@ -102,7 +102,7 @@ class LatentAttention:
 
         def is_expanded(sequence: tuple[Sequence[int], int, int]) -> bool:
             # The two ways round differently: in batch-invariant mode all tokens go the one that is always there.
-            return not backend.IS_INVARIANT and is_cheaper_expanded(self._latent, sequence[1], sequence[2])
+            return not backend.INVARIANCE and is_cheaper_expanded(self._latent, sequence[1], sequence[2])
 
         for expanded, group in groupby(sequences, is_expanded):
             if expanded:
@@ -113,9 +113,9 @@ class LatentAttention:
             tables, lens, contexts = [], [], []
             for table, query_len, context_len in group:
                 for first in range(0, query_len, ABSORBED_TOKENS):
-                    tables.append(table)
                     lens.append(min(ABSORBED_TOKENS, query_len - first))
                     contexts.append(context_len - query_len + first + lens[-1])
+                    tables.append(table[: -(-contexts[-1] // layout.block_size)])
             plan = backend.plan_attention(
                 block_tables=tables, query_lens=lens, context_lens=contexts, layout=layout, num_heads=self._num_heads, device=device
             )

@@ -13,6 +13,7 @@ from services.core.prefix_hash import prefix_key
 from services.core.types import FinishReason, SampledToken, SamplingParams, TokenEvent, TokenLogprobs
 from services.engine.batch import StepBatch
 from services.engine.core import EngineCore
+from services.engine.model_runner import ModelRunner
 from services.engine.pacing import LONG_STEP_S
 from services.engine.sampler import SampleRow, ScoreRow
 from services.engine.scheduler import SCORED_TOKENS
@@ -375,8 +376,15 @@ def test_calibrate_computes_prompts_of_every_kind_and_logits_so_that_no_request_
     batches: list[StepBatch] = []
     monkeypatch.setattr(core._runner, "execute", lambda batch, rows: batches.append(batch))
     core.calibrate()
-    assert [batch.query_lens for batch in batches] == [[1], [2], [4], [8], [16], [16], [16]]
-    assert all(batch.logit_rows.tolist() == [len(batch.token_ids) - 1] for batch in batches)
+    assert [batch.query_lens for batch in batches] == [[1], [16], [16]]
+    monkeypatch.setattr(ModelRunner, "trial_lengths", (1, 8, 17))
+    batches.clear()
+    core.calibrate()
+    assert [batch.query_lens for batch in batches] == [[1], [8], [17], [16], [16]]
+    for batch in batches:
+        [group] = batch.groups
+        assert batch.logit_rows.tolist() == [len(batch.token_ids) - 1]
+        assert len(group.block_tables[0]) * 16 >= group.context_lens[0] > int(batch.positions[-1])
 
 
 def prompt_logprobs(core: EngineCore, request: EngineRequest) -> tuple[TokenLogprobs, ...]:
