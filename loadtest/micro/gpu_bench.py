@@ -94,6 +94,7 @@ class Attention:
         value_dim: int | None = None,
         form: KVFormat = KVFormat.PLAIN,
         backend: BackendName = BackendName.TRITON,
+        window: int | None = None,
         **planned: Any,
     ) -> None:
         self.backend = backend_of(backend)
@@ -132,7 +133,7 @@ class Attention:
         self.tables = [order[index * blocks : (index + 1) * blocks] for index in range(sequences)]
         self.query = bench.randn(sequences * query_len, heads, head_dim)
         self.query_lens, self.context_lens = [query_len] * sequences, [context_len] * sequences
-        self.scale = head_dim**-0.5
+        self.scale, self.window = head_dim**-0.5, window
         self.plan = self.backend.plan_attention(
             block_tables=self.tables,
             query_lens=self.query_lens,
@@ -140,6 +141,7 @@ class Attention:
             layout=self.layout,
             num_heads=heads,
             device=bench.device,
+            window=window,
             **planned,
         )
 

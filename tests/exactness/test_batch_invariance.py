@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from kernels import BackendName, backend_of, triton_attention
+from kernels import BackendName, backend_of, triton_attention, triton_backend, triton_invariant, triton_linear
 from services.engine.batch import GroupBatch, StepBatch
 from services.engine.kv_groups import KVGroups
 from services.engine.model_config import load_model_config
@@ -85,10 +86,17 @@ def test_logits_and_blocks_have_the_same_bits_however_tokens_come(checkpoints: P
     assert torch.equal(cut.step((0, 32, LENGTH)), expected[32:])
 
 
-def test_logits_without_the_mode_depend_on_how_tokens_come(checkpoints: Path) -> None:
+@pytest.mark.parametrize(("name", "ingredient"), [("gemma3", "attention"), ("gemma3", "products"), ("deepseek", "attention")])
+def test_logits_without_one_part_of_the_mode_depend_on_how_tokens_come(
+    checkpoints: Path, name: str, ingredient: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or the test above could not fail."""
-    config, reader = load_model_config(checkpoints / "llama3"), WeightReader(checkpoints / "llama3")
-    decoder = Decoder(config, reader, dtype=torch.float32, max_model_len=LENGTH, backend=backend_of(BackendName.TRITON))
+    if ingredient == "attention":
+        monkeypatch.setattr(triton_invariant, "plan_attention", triton_backend.plan_attention)
+    else:
+        monkeypatch.setattr(triton_linear, "linear", lambda x, weight, bias, dtype: F.linear(x, weight, bias).to(dtype))
+    config, reader = load_model_config(checkpoints / name), WeightReader(checkpoints / name)
+    decoder = Decoder(config, reader, dtype=torch.float32, max_model_len=LENGTH, backend=backend_of(BackendName.TRITON_INVARIANT))
     expected = Computed(decoder, seed=0).step((0, 0, LENGTH))
     cut = Computed(decoder, seed=0)
     cut.step((0, 0, LENGTH - 1))

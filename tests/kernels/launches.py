@@ -3,6 +3,7 @@
 Host code runs with tensors that have shapes but no memory. Run by a process of its own, which has not chosen Triton's interpreter.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,3 +219,18 @@ def everything() -> dict[str, Case]:
     cases["decode over latents with sinks"] = partial(attention, LATENT, 128, [1] * 8, has_sinks=True)
     cases["decode over latents with capped scores"] = partial(attention, LATENT, 128, [1] * 8, softcap=50.0)
     return cases
+
+
+def main() -> None:
+    """Prints what attention in batch-invariant mode is compiled for and with, launch by launch."""
+    for query_lens, window in product(([1] * 8, [2048]), (None, 1024)):
+        with recorded(90) as launches:
+            attention(grouped(), 32, query_lens, invariant=True, window=window)
+        for launch in launches:
+            if launch.kernel.__name__ == "decode_attention":
+                constants = {name: launch.arguments[name] for name in launch.kernel.arg_names if name.isupper()}
+                print(json.dumps({**constants, **launch.options}))
+
+
+if __name__ == "__main__":
+    main()
