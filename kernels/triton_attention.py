@@ -83,19 +83,19 @@ def prefill_rows(layout: KVLayout, compute_capability: int) -> int:
 
 def decode_warps(rows: int, layout: KVLayout) -> int:
     """Warps of a decode program whose tile has so many rows; more of them have more registers, and wait for each other more often."""
-    is_wide = layout.value_dim > 128 and not layout.is_latent
-    is_large = rows * triton.next_power_of_2(layout.value_dim) >= 64 * 128
-    return 8 if is_wide or is_large or (rows >= 32 and layout.format is not KVFormat.PLAIN) else 4
+    return 8 if layout.value_dim > 128 or rows >= 64 or (rows >= 32 and layout.format is not KVFormat.PLAIN) else 4
 
 
 def tile_rows(rows: int, layout: KVLayout, compute_capability: int, *, invariant: bool = False) -> int:
     """Rows of a decode program's tile for so many query heads and tokens of one KV head.
 
-    64 of a latent's 512 numbers have room on Hopper alone, whose products take the queries from shared memory, and in two bytes each.
+    64 of more than 128 numbers have room on Hopper alone, for latents, in two bytes each: its products take the queries from shared memory.
 
     invariant   as many for one token as for a block of them: tiles of other sizes are multiplied by other instructions
     """
-    has_large_tiles = not layout.is_latent or (90 <= compute_capability < 100 and layout.dtype.itemsize == 2)
+    has_large_tiles = layout.value_dim <= 128
+    if layout.is_latent:
+        has_large_tiles = 90 <= compute_capability < 100 and layout.dtype.itemsize == 2
     most = 64 if has_large_tiles else 32
     return most if invariant else min(most, max(16, 1 << (rows - 1).bit_length()))
 

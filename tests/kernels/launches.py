@@ -196,12 +196,13 @@ def production() -> dict[str, Case]:
 def everything() -> dict[str, Case]:
     """What `make compile-kernels` compiles: all that kernels are specialized for, in all pairs that models have."""
     cases = production()
-    steps = {"decode": [1] * 8, "verify": [8] * 8, "prefill": [2048]}
+    steps = {"decode": [1] * 8, "verify": [8] * 8, "verify 16": [16] * 8, "prefill": [2048]}
     for form, head_dim in product(KVFormat, (64, 80, 96, 128, 256)):
         layout, kind = grouped(form, head_dim=head_dim), f"{form.name.lower()} {head_dim}"
-        for (name, query_lens), window, invariant in product(steps.items(), (None, 1024), (False, True)):
-            mode = "invariant " if invariant else ""
-            cases[f"{mode}{name} {kind} window {window}"] = partial(attention, layout, 32, query_lens, window=window, invariant=invariant)
+        for (name, query_lens), window in product(steps.items(), (None, 1024)):
+            cases[f"{name} {kind} window {window}"] = partial(attention, layout, 32, query_lens, window=window)
+        for name, window in product(("decode", "prefill"), (None, 1024)):
+            cases[f"invariant {name} {kind} window {window}"] = partial(attention, layout, 32, steps[name], window=window, invariant=True)
         cases[f"write {kind}"] = partial(write, layout, 32, has_norm=False)
     for name, query_lens in steps.items():
         cases[f"{name} with sinks"] = partial(attention, grouped(), 64, query_lens, has_sinks=True, window=128)
