@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import KVLayout, reference, triton_invariant
+from kernels import KVLayout, reference, triton_invariant, triton_shapes
 from kernels import triton_attention as attention
 from kernels import triton_backend as backend
 from tests.kernels.pools import filled_pool, random_tree
@@ -62,7 +62,7 @@ def test_parts_of_a_context_merge_to_what_the_whole_gives() -> None:
 @pytest.mark.parametrize("has_tree", [False, True])
 def test_latents_by_large_tiles(num_heads: int, query_lens: list[int], window: int | None, invariant: bool, has_tree: bool) -> None:
     layout = KVLayout(num_layers=1, num_kv_heads=1, block_size=16, head_dim=48, value_head_dim=32, is_latent=True, dtype=torch.float16)
-    assert attention.tile_rows(num_heads * max(query_lens), layout, attention.capability(CPU)) == 64
+    assert triton_shapes.tile_rows(num_heads * max(query_lens), layout, triton_shapes.capability(CPU)) == 64
     context_lens = [300, 1, 37, 64]
     pool, tables = filled_pool(layout, context_lens, layer=0)
     query = torch.randn(sum(query_lens), num_heads, 48, generator=torch.Generator().manual_seed(1)).half()

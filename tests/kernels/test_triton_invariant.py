@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from kernels import KVFormat, KVLayout, reference, triton_backend
+from kernels import KVFormat, KVLayout, reference, triton_backend, triton_shapes
 from kernels import triton_attention as attention
 from kernels import triton_invariant as backend
 from kernels.triton_linear import linear
@@ -39,11 +39,11 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Sets how many programs a launch has."""
 
     def set_to(number: int) -> None:
-        monkeypatch.setattr(attention, "INTERPRETED_PROGRAMS", number)
-        attention.num_programs.cache_clear()
+        monkeypatch.setattr(triton_shapes, "INTERPRETED_PROGRAMS", number)
+        triton_shapes.num_programs.cache_clear()
 
     yield set_to
-    attention.num_programs.cache_clear()
+    triton_shapes.num_programs.cache_clear()
 
 
 def test_sequence_has_the_same_bits_alone_and_in_any_batch(programs: Any) -> None:
