@@ -48,10 +48,11 @@ def tile_rows(rows: int, layout: KVLayout, compute_capability: int, *, invariant
     """Rows of a decode program's tile for so many query heads and tokens of one KV head.
 
     64 of more than 128 numbers have room on Hopper alone, for latents, in two bytes each: its products take the queries from shared memory.
+    64 of quantized ones nearly have: they would spill 8 to 32 bytes.
 
     invariant   as many for one token as for a block of them: tiles of other sizes are multiplied by other instructions
     """
-    has_large_tiles = layout.value_dim <= 128
+    has_large_tiles = layout.value_dim <= 128 and layout.format is KVFormat.PLAIN
     if layout.is_latent:
         has_large_tiles = 90 <= compute_capability < 100 and layout.dtype.itemsize == 2
     most = 64 if has_large_tiles else 32
