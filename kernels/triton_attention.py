@@ -23,7 +23,7 @@ INVARIANT_CHUNK = 16  # blocks
 DECODE_STAGES = 5  # of the pipeline: block ids are a stage of their own, so that two or three blocks are on their way
 LATENT_STAGES = 3  # a block of latents takes as much shared memory as two of other keys and values
 PREFILL_STAGES = 3
-# To ptxas, which else keeps the addresses of all pieces of the queries in registers, 70 of them, and spills others for it.
+# To ptxas, for tiles of latents: else it keeps the addresses of all pieces of the queries in registers, up to 70, and spills others for it.
 FEW_REGISTERS = "--register-usage-level=0"
 
 
@@ -256,7 +256,7 @@ def run_decode(
         num_warps=decode_warps(room.block_rows, layout),
         # The loops over masked blocks and over whole ones must do the same.
         enable_fp_fusion=not plan.invariant,
-        ptx_options=FEW_REGISTERS if layout.is_latent and room.block_rows > 32 else None,
+        ptx_options=FEW_REGISTERS if layout.is_latent and room.block_rows >= 32 else None,
         **_widths(layout),
     )
     return output, log_sums
