@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import services as services  # before gRPC, which reads what is set there
 from tests.checkpoints import make_checkpoints
 
 # Without a GPU, Triton's kernels run in its interpreter; it asks when it is first imported.
