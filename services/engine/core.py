@@ -28,7 +28,7 @@ from services.engine.timing import PrefillWatch
 
 
 class EngineCore:
-    """One model, its pools, one scheduler. Not thread-safe: one thread calls it."""
+    """One model, its pools, one scheduler. Not thread-safe: one thread at a time calls it."""
 
     def __init__(
         self,
@@ -238,6 +238,12 @@ class EngineCore:
                 events.append(self._progress(chunk.sequence, handed_over.get(chunk.sequence.request_id)))
         self._account(chunks, self._clock() - started)
         return events
+
+    def admit(self) -> list[Event]:
+        """Gives waiting requests their places, where nothing is to be computed: after a reservation was added to a core without work."""
+        chunks = self.scheduler.schedule()
+        assert not chunks
+        return self._admission_events()
 
     def calibrate(self) -> None:
         """Computes prompts and tokens in the still empty pools, to begin with chunks that keep steps short on this machine.

@@ -42,6 +42,7 @@ class OpenRequest:
     stream        where its events wait to be read, if that is how they are taken; it stays open until then
     open_choices  whose end has not been delivered
     reserved      what its listener was told to fill and has not yet answered for
+    is_aborted    the core is to drop it, or has: nothing else may be asked of it
     """
 
     request: EngineRequest
@@ -49,6 +50,7 @@ class OpenRequest:
     stream: EventStream | None
     open_choices: set[int]
     reserved: Reserved | None = None
+    is_aborted: bool = False
 
 
 class Delivery:

@@ -1,7 +1,7 @@
 """The engine as an event loop sees it: requests go in, events come out. One thread owns torch; the loop never waits for it.
 
     loop thread                                      engine thread
-    submit, reserve, prefill ─ command ─▶ inbox ─▶ core.add
+    submit, reserve, prefill ─ command ─▶ inbox ─▶ core.add             reserve: by the loop itself while the thread sleeps
     landed, compute_here, …  ─ command ─▶ inbox ─▶ core.landed, …
     listeners ◀────── one wake-up per step ─────── core.step ── events, changes of the prefix cache
         ◀── first tokens that came with the blocks, from the loop itself
@@ -51,9 +51,10 @@ class Engine:
         if on_blocks:
             core.pool.track_changes()
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()  # None: stop
+        self._at_work = threading.Lock()  # whoever has it may use the core: the engine thread, but while it sleeps
         self._delivery = Delivery()
-        # Ids of aborted requests that the running step may still compute for: nobody else may have them yet.
-        self._aborting: set[str] = set()
+        # Ids of requests that may have ended here, and of which the core has still to hear so: nobody else may have them yet.
+        self._leaving: set[str] = set()
         self._quarantined: set[int] = set()
         self._stopped: EngineStopped | None = None
         self._failed = asyncio.Event()
@@ -130,7 +131,7 @@ class Engine:
 
         Raises what submit() does.
         """
-        self._take_in(request, Purpose.RECEIVE, listener)
+        self._take_in(request, Purpose.RECEIVE, listener, hand_over=self._admit)
 
     def landed(self, request_id: str, first_tokens: Sequence[SampledToken]) -> None:
         """Keys and values of the whole prompt are in the reserved blocks; goes on after the given first token of each choice.
@@ -144,8 +145,20 @@ class Engine:
             # The client's first token: told before the engine thread, which may be in a step, has heard of it.
             events = self._core.first_events(opened.request, tokens, cached_tokens=reserved.num_cached_tokens)
             self._loop.call_soon(self._delivery.deliver, events)
+            self._leaving.add(request_id)  # a first token may be the last one
+            # After what the listener does with it: the next step would compete with that for the interpreter.
+            self._loop.call_soon(self._loop.call_soon, self._go_on, opened, tokens)
 
-            self._inbox.put(lambda: self._core.landed(request_id, tokens))
+    def _go_on(self, opened: OpenRequest, first_tokens: tuple[SampledToken, ...]) -> None:
+        if opened.is_aborted:
+            return
+        request_id = opened.request.request_id
+
+        def go_on() -> None:
+            self._core.landed(request_id, first_tokens)
+            self._leaving.discard(request_id)
+
+        self._inbox.put(go_on)
 
     def compute_here(self, request_id: str, *, num_landed_tokens: int = 0) -> None:
         """Computes a reserved prompt here after all, from the last block that has landed whole. Nobody may write there any more.
@@ -194,18 +207,43 @@ class Engine:
         """A snapshot; while a step runs some of its counters may be one step apart."""
         return self._core.stats()
 
-    def _take_in(self, request: EngineRequest, purpose: Purpose, listener: Listener | None) -> OpenRequest:
+    def _take_in(
+        self,
+        request: EngineRequest,
+        purpose: Purpose,
+        listener: Listener | None,
+        *,
+        hand_over: Callable[[Command], object] | None = None,
+    ) -> OpenRequest:
         if self._stopped:
             raise self._stopped
         self._core.validate(request, purpose)
-        if self._delivery.get(request.request_id) or request.request_id in self._aborting:
+        if self._delivery.get(request.request_id) or request.request_id in self._leaving:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use")
         if len(self._delivery) >= self._max_num_requests:
             raise QueueFull(f"{len(self._delivery)} requests are running or waiting, which is the limit")
         opened = self._delivery.open(request, listener)
         arrived_at = self._core.now()
-        self._inbox.put(lambda: self._core.add(request, purpose, arrived_at=arrived_at))
+        (hand_over or self._inbox.put)(lambda: self._core.add(request, purpose, arrived_at=arrived_at))
         return opened
+
+    def _admit(self, add: Command) -> None:
+        """Has a request added that is not computed here; if the engine thread is asleep, on the loop, which saves two wake-ups.
+
+        It may overtake the one command that the thread is just waking up for.
+        """
+        if not (self._inbox.empty() and self._at_work.acquire(blocking=False)):
+            self._inbox.put(add)
+            return
+        try:
+            add()
+            events = self._core.admit()
+            self._loop.call_soon(self._deliver, events, *self._core.pool.drain_changes())
+        except Exception:
+            _log.exception("the engine failed")
+            self._loop.call_soon(self._fail)
+        finally:
+            self._at_work.release()
 
     def _take_reserved(self, opened: OpenRequest) -> Reserved:
         """What was reserved for a request; it is answered for only once."""
@@ -217,22 +255,24 @@ class Engine:
         """Ends a request of which the core may still know; what was made for it meanwhile is not delivered."""
         if not self._delivery.close(opened) or not opened.open_choices:
             return
+        opened.is_aborted = True
         request_id = opened.request.request_id
         self._loop.call_soon(opened.listener, abort_events(opened))
-        self._aborting.add(request_id)
+        self._leaving.add(request_id)
 
         def drop() -> None:
             self._core.abort(request_id)
-            self._loop.call_soon_threadsafe(self._aborting.discard, request_id)
+            self._loop.call_soon_threadsafe(self._leaving.discard, request_id)
 
         self._inbox.put(drop)
 
     def _run(self) -> None:
-        """The engine thread: commands between steps, steps while there is something to do."""
+        """The engine thread: commands between steps, steps while there is something to do. It has the core but while it sleeps."""
         try:
-            while self._obey(wait=not self._core.has_work):
-                if self._core.has_work:
-                    self._post(self._core.step(announce=self._post))
+            with self._at_work:
+                while self._obey(wait=not self._core.has_work):
+                    if self._core.has_work:
+                        self._post(self._core.step(announce=self._post))
         except Exception:
             # Whatever broke, no request may hang: they all learn that the engine is gone, and the details stay in the log.
             _log.exception("the engine thread died")
@@ -243,7 +283,7 @@ class Engine:
         goes_on = True
         while goes_on:
             try:
-                command = self._inbox.get(block=wait)
+                command = self._sleep() if wait else self._inbox.get_nowait()
             except queue.Empty:
                 break
             if command is None:
@@ -253,6 +293,14 @@ class Engine:
             wait = False
         self._post(())
         return goes_on
+
+    def _sleep(self) -> Command | None:
+        """The next command, where there is nothing to do before it."""
+        self._at_work.release()
+        try:
+            return self._inbox.get()
+        finally:
+            self._at_work.acquire()
 
     def _post(self, events: Sequence[Event]) -> None:
         """Hands events and changes of the prefix cache to the loop, if there are any."""

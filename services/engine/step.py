@@ -45,7 +45,12 @@ def _group_batch(chunks: List[ScheduledChunk], group: int, block_size: int) -> G
         skipped = table.first * block_size
         start = chunk.sequence.num_computed - skipped
         end = start + chunk.num_tokens
-        slots.extend(table.block_ids[p // block_size] * block_size + p % block_size for p in range(start, end))
+        if chunk.num_tokens == 1:
+            slots.append(table.block_ids[start // block_size] * block_size + start % block_size)
+        else:
+            for block in range(start // block_size, -(-end // block_size)):
+                first = table.block_ids[block] * block_size
+                slots.extend(range(first + max(0, start - block * block_size), first + min(block_size, end - block * block_size)))
         # Blocks that are there for later tokens are left out: plans have room for what tables have.
         block_tables.append(table.block_ids[: -(-end // block_size)])
         context_lens.append(end)

@@ -1,6 +1,7 @@
 """Engine with its thread when prompts are computed for others and by others, and when one listener has many requests."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -256,6 +257,96 @@ def test_reserve_when_nothing_else_can_be_done_leaves_the_engine_thread_asleep(
             assert len(calls) <= before + 1
             engine.abort("1")
             assert len((await second.token_ids())[0]) == 12
+
+    run(main)
+
+
+def test_reserve_when_the_engine_thread_sleeps_is_answered_without_it(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core()
+    gate, add, threads = Gate(core, monkeypatch), core.add, []
+
+    def added(*arguments: Any, **options: Any) -> None:
+        threads.append(threading.current_thread().name)
+        add(*arguments, **options)
+
+    monkeypatch.setattr(core, "add", added)
+
+    async def main() -> None:
+        async with Engine(core, max_num_requests=4) as engine:
+            idle, busy = Inbox(), Inbox()
+            engine.reserve(make_request("1"), listener=idle.hear)
+            assert (await idle.reserved()).num_cached_tokens == 0
+            engine.submit(make_request("2"), listener=busy.hear)
+            await gate.wait_step()
+            late = Inbox()
+            engine.reserve(make_request("3"), listener=late.hear)  # the engine thread is in a step: nobody else may touch the core
+            await asyncio.sleep(0.01)
+            assert not late.events
+            gate.open()
+            await late.reserved()
+            for request_id in ("1", "3"):
+                engine.abort(request_id)
+            await busy.token_ids()
+
+    run(main)
+    assert threads == [threading.current_thread().name, "engine", "engine"]
+
+
+def test_reserve_when_the_core_fails_ends_the_engine_like_a_failing_step(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core()
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("a secret of the core")
+
+    monkeypatch.setattr(core, "add", fail)
+
+    async def main() -> None:
+        async with Engine(core, max_num_requests=4) as engine:
+            inbox = Inbox()
+            engine.reserve(make_request(), listener=inbox.hear)
+            (event,) = await inbox.wait(bool)
+            assert isinstance(event, EngineStopped) and "secret" not in event.message
+            await engine.wait_failed()
+            with pytest.raises(EngineStopped):
+                engine.submit(make_request("next"))
+
+    run(main)
+
+
+@pytest.mark.parametrize("later", [0, 1, 2, 3])
+def test_landed_when_the_request_is_aborted_right_after_harms_nobody(make_core: MakeCore, later: int) -> None:
+    async def main() -> None:
+        async with Engine(make_core(), max_num_requests=4) as engine:
+            inbox = Inbox()
+            engine.reserve(make_request(), listener=inbox.hear)
+            await inbox.reserved()
+            engine.landed("r", [SampledToken(1, None)])
+            for _ in range(later):  # turns of the loop, in one of which the engine thread is told
+                await asyncio.sleep(0)
+            engine.abort("r")
+            assert await generate(engine, make_request("next"))
+            await settle(lambda: engine.stats().blocks_owned == 0)
+
+    run(main)
+
+
+def test_landed_when_the_first_token_is_the_last_keeps_its_id_until_the_core_has_heard(make_core: MakeCore) -> None:
+    async def main() -> None:
+        async with Engine(make_core(), max_num_requests=4) as engine:
+            inbox = Inbox()
+            engine.reserve(make_request(max_tokens=1), listener=inbox.hear)
+            await inbox.reserved()
+            engine.landed("r", [SampledToken(1, None)])
+            await inbox.wait(lambda events: len(events) == 2)
+            with pytest.raises(InvalidRequest, match="in use"):
+                engine.reserve(make_request(), listener=Inbox().hear)
+            await settle(lambda: engine.stats().num_reserved == 0)
+            again = Inbox()
+            engine.reserve(make_request(), listener=again.hear)
+            await again.reserved()
+            assert len(again.events) == 1
+            engine.abort("r")
+            await settle(lambda: engine.stats().blocks_owned == 0)
 
     run(main)
 
