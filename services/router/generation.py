@@ -9,7 +9,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from functools import partial
 
 from protos.baton.v1 import common_pb2, decode_pb2
 from services.core.errors import (
@@ -68,6 +69,7 @@ class Generator:
         self._ended = asyncio.Event()  # a request has, since somebody began to wait
         self.draining = False  # nothing new is accepted
         self.statistics = RouterStatistics()
+        self._lessons: dict[InFlight, Callable[[], None]] = {}  # of first tokens that have come a moment ago
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """PromptLogprobs if they are wanted, Deltas as they come, then one Summary. Closing it early cancels the request everywhere.
@@ -92,7 +94,7 @@ class Generator:
                             await failpoints.reach("router.mid_decode", request.request_id)
                             if not is_told:
                                 is_told = True
-                                self._first_token(run, fleet, item, route, stream)
+                                self._first_token(run, fleet, item, stream)
                                 start_rest()
                                 await failpoints.reach("router.first_token", request.request_id)
                                 if stream.prompt_logprobs is not None and not run.prompt_logprobs_told:
@@ -224,6 +226,7 @@ class Generator:
         finally:
             if session is not None:
                 session.cancel(stream)
+            self._learn_from(item)
             if run.is_finished:
                 output_tokens = run.completion_tokens * route.num_choices // run.sampling.n
                 fleet.finished(item, time.monotonic(), output_tokens=output_tokens)
@@ -250,10 +253,26 @@ class Generator:
             sent_unix_s=run.stages.sent(),
         )
 
-    def _first_token(self, run: Run, fleet: Fleet, item: InFlight, route: Route, stream: RequestStream) -> None:
-        """The first token of an attempt: teaches the cost model, and the replica where it was wrong; counts."""
+    def _first_token(self, run: Run, fleet: Fleet, item: InFlight, stream: RequestStream) -> None:
+        """The first token of an attempt. What it teaches can wait until it is on its way to the client."""
         facts = stream.prefilled or decode_pb2.Prefilled()
         run.stages.token(facts)
+        if run.route is None:
+            run.prefilled, run.route = facts, item.route
+            self._admission.note_first_token(item.route, time.monotonic() - item.dispatched_s)
+            self.statistics.ttft.add(time.perf_counter() - run.request.received_at)
+        self._lessons[item] = partial(self._learn, fleet, item, facts, time.monotonic(), run.block_hashes())
+        asyncio.get_running_loop().call_soon(self._learn_from, item)
+
+    def _learn_from(self, item: InFlight) -> None:
+        """Once, and before the fleet hears of the end."""
+        lesson = self._lessons.pop(item, None)
+        if lesson is not None:
+            lesson()
+
+    def _learn(self, fleet: Fleet, item: InFlight, facts: decode_pb2.Prefilled, now_s: float, block_hashes: Sequence[bytes]) -> None:
+        """What the first token of an attempt, which came at `now_s`, teaches the cost model, and the replica where it was wrong; counts."""
+        route = item.route
         is_remote = bool(facts.prefill_worker_id)
         cached_tokens = facts.prefill_cached_tokens if is_remote else facts.decode_cached_tokens
         outcome = PrefillOutcome(
@@ -267,27 +286,23 @@ class Generator:
             tail_s=facts.transfer_tail_s,
             kv_blocks=facts.kv_blocks,
         )
-        fleet.prefill_done(item, outcome, time.monotonic())
+        fleet.prefill_done(item, outcome, now_s)
         statistics = self.statistics
         statistics.prompt_tokens += route.prompt_tokens
         statistics.cached_tokens += cached_tokens
         statistics.kv_bytes += facts.kv_bytes
-        if run.route is None:
-            run.prefilled, run.route = facts, route
-            self._admission.note_first_token(route, time.monotonic() - item.dispatched_s)
-            statistics.ttft.add(time.perf_counter() - run.request.received_at)
-        self._correct(run, route.decode_worker_id, route.decode_cached_tokens, facts.decode_cached_tokens)
+        found = {route.decode_worker_id: (facts.decode_cached_tokens, route.decode_cached_tokens)}
         predicted = dict(zip(route.prefill_worker_ids, route.prefill_cached_tokens, strict=True))
         if facts.prefill_worker_id in predicted:
-            self._correct(run, facts.prefill_worker_id, predicted[facts.prefill_worker_id], facts.prefill_cached_tokens)
+            found[facts.prefill_worker_id] = facts.prefill_cached_tokens, predicted[facts.prefill_worker_id]
+        for worker_id, (cached, expected) in found.items():
+            self._correct(worker_id, block_hashes[cached // route.block_size : expected // route.block_size])
 
-    def _correct(self, run: Run, worker_id: str, predicted_tokens: int, cached_tokens: int) -> None:
+    def _correct(self, worker_id: str, missing: Sequence[bytes]) -> None:
         """What the replica said of a worker, and was not so, is not believed again until the worker says it anew.
 
         Only what was said when the request was routed: blocks that have been stored there since are none of this request's business.
         """
-        block_size = run.identity.block_size
-        missing = run.block_hashes()[cached_tokens // block_size : predicted_tokens // block_size]
         if missing:
             self._replica.index.disown(worker_id, missing)
 

@@ -16,6 +16,7 @@ from services.core.types import FinishReason, SamplingParams
 from services.mesh import convert, status
 from services.mesh.discovery import WorkerRecord
 from services.router.admission import Admission
+from services.router.fleet import Fleet
 from services.router.generation import Generator
 from services.router.members import Members
 from services.router.request import Delta, GenerationRequest, Piece
@@ -126,6 +127,34 @@ def test_request_when_its_worker_fails_goes_on_elsewhere_from_what_has_come(erro
             pieces = await asking
             assert token_ids(pieces) == [5, 6, 7, 8, 9, 10]
             assert mesh.generator.statistics.finished == 1
+
+    run(main)
+
+
+def test_request_when_its_first_tokens_are_its_last_teaches_how_they_came_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def spy_on(name: str) -> None:
+        method = getattr(Fleet, name)
+
+        def spy(fleet: Fleet, *arguments: Any, **options: Any) -> None:
+            told.append(name)
+            method(fleet, *arguments, **options)
+
+        monkeypatch.setattr(Fleet, name, spy)
+
+    for name in ("prefill_done", "finished"):
+        spy_on(name)
+
+    async def main() -> None:
+        worker = named("d0")
+        async with bench() as mesh, worker.serving() as address:
+            await mesh.join("d0", address)
+            asking = mesh.ask()
+            await wait_until(lambda: starts(worker))
+            worker.frames.put_nowait(ended(tokens(0, 40, 5, 6, 7, 8, 9, 10), 0))
+            assert len(token_ids(await asking)) == 6
+            assert told == ["prefill_done", "finished"] and not mesh.generator._lessons
 
     run(main)
 
