@@ -23,6 +23,10 @@ class FrameBuilder:
         self._prompt_logprobs: list[decode_pb2.PromptLogprobs] = []
 
     @property
+    def has_first_tokens(self) -> bool:
+        return bool(self._prefilled)
+
+    @property
     def num_tokens(self) -> int:
         return len(self._handles)
 

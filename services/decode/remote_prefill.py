@@ -3,30 +3,35 @@
     grant ─▶ call ─▶ (accepted, progress, block)* ─▶ done ─▶ landed        the first tokens come with `done`
                  any failure, cancel or silence ─▶ call cancelled ─▶ fenced, or quarantined until it is
 
-Knows nothing of the engine; whoever calls it owns the blocks and decides what a failure means.
+A call that went well leaves one open for the next. Knows nothing of the engine; whoever calls owns the blocks, and decides what a failure
+means.
 """
 
 import asyncio
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
 
-from protos.baton.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
+from protos.baton.v1 import decode_pb2, prefill_pb2
 from services.core.clock import unix_s
 from services.core.errors import InvalidRequest, PeerUnavailable
 from services.core.types import SampledToken
 from services.mesh import convert, failpoints, status
 from services.mesh.client import is_address, open_channel
 from services.mesh.kv_transport import IncomingTransfer, KVReceiver
-from services.mesh.server import REQUEST_ID_METADATA, accept_request_id
-from services.mesh.streams import SILENCE_S, with_heartbeats
+from services.mesh.streams import SILENCE_S
 
 # A sender that has stopped acknowledges within a network round trip; one that has not by then is frozen or far away.
 FENCE_S = 0.3
 # Addresses come from routers, and old ones from workers that have moved: more channels than this are kept only while all are in use.
 MAX_IDLE_CHANNELS = 64
+# What can wait is done so long after a prefill, when its first token is on its way to the client.
+_TIDY_S = 0.01
+_METHOD = "/baton.v1.PrefillService/Prefill"
+_Call = grpc.aio.StreamStreamCall[prefill_pb2.PrefillRequest, prefill_pb2.PrefillEvent]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +68,11 @@ class PrefillClient:
 
     async def __aexit__(self, *exc_info: object) -> None:
         for kept in self._channels.values():
-            await kept.channel.close()
+            await kept.close()
+
+    @functools.cached_property
+    def _endpoint(self) -> prefill_pb2.KVEndpoint:
+        return convert.endpoint_to_proto(self._receiver.endpoint)
 
     async def run(
         self,
@@ -110,7 +119,7 @@ class PrefillClient:
                 transfer_id=transfer.transfer_id,
                 first_block=first_block,
                 block_ids=convert.pack_u32(block_ids),
-                endpoint=convert.endpoint_to_proto(self._receiver.endpoint),
+                endpoint=self._endpoint,
             ),
             trace_context=start.trace_context,
             prompt_length=start.prompt_length,
@@ -118,19 +127,15 @@ class PrefillClient:
         )
         accepted = prefill_pb2.PrefillAccepted()
         done: prefill_pb2.PrefillDone | None = None
-        # Whatever a router made of it, metadata take printable characters alone.
-        metadata = ((REQUEST_ID_METADATA, accept_request_id(((REQUEST_ID_METADATA, start.request_id),))),)
+        has_landed = False
         kept = self._channel(candidate)
         kept.num_calls += 1
-        call = prefill_pb2_grpc.PrefillServiceStub(kept.channel).Prefill(request, metadata=metadata)
-        landing = asyncio.ensure_future(transfer.wait_landed())
+        call = kept.take_call()
         try:
+            await _send(call, request, candidate.worker_id)
             await failpoints.reach("decode.prefill_called", start.request_id)
-            async for event in with_heartbeats(aiter(call), SILENCE_S):
-                if event is None:
-                    raise PeerUnavailable(f"{candidate.worker_id} has said nothing for {SILENCE_S} s")
-                if landing.done():
-                    await landing  # a broken connection or block: no need to wait for the end
+            while (event := await _read(call, candidate.worker_id)) is not None:
+                transfer.raise_error()  # a broken connection or block: no need to wait for the end
                 match event.WhichOneof("kind"):
                     case "accepted":
                         accepted = event.accepted
@@ -144,10 +149,10 @@ class PrefillClient:
             done_at = time.perf_counter()
             try:
                 async with asyncio.timeout(SILENCE_S):
-                    await landing
+                    await transfer.wait_landed()
             except TimeoutError:
                 raise PeerUnavailable(f"{candidate.worker_id}: KV blocks did not land within {SILENCE_S} s of being sent") from None
-            landed_at = time.perf_counter()
+            landed_at, has_landed = time.perf_counter(), True
             first_tokens = tuple(_sampled_token(token) for token in done.first_tokens)
             await failpoints.reach("decode.landed", start.request_id)
         except grpc.aio.AioRpcError as error:
@@ -155,11 +160,11 @@ class PrefillClient:
         except InvalidRequest as error:
             raise PeerUnavailable(f"{candidate.worker_id} gave a result that cannot be read: {error.message}") from error
         finally:
-            call.cancel()
             kept.num_calls -= 1
-            landing.cancel()
-            if landing.done() and not landing.cancelled():
-                landing.exception()  # when call and connection break together, the call's error is the one that is told
+            if has_landed:
+                asyncio.get_running_loop().call_later(_TIDY_S, kept.tidy, call)
+            else:
+                call.cancel()
             await self._close_idle()
         landed_s = landed_at - done_at
         return PrefillOutcome(
@@ -195,13 +200,63 @@ class PrefillClient:
         excess = max(0, len(self._channels) - MAX_IDLE_CHANNELS)
         idle = [address for address, kept in self._channels.items() if not kept.num_calls][:excess]
         for kept in [self._channels.pop(address) for address in idle]:
-            await kept.channel.close()
+            await kept.close()
 
 
 @dataclass(slots=True, eq=False)
 class _Channel:
+    """`spare` is a call that was opened ahead: it has reached the worker and waits there for its request, which saves half of the way."""
+
     channel: grpc.aio.Channel
     num_calls: int = 0
+    spare: _Call | None = None
+    is_closed: bool = False
+
+    def take_call(self) -> _Call:
+        """A call whose request is to be written."""
+        call, self.spare = self.spare, None
+        return self._open() if call is None or call.done() else call
+
+    def tidy(self, call: _Call) -> None:
+        """After a call that went well, and has told all that it had to tell."""
+        call.cancel()
+        if not self.is_closed and (self.spare is None or self.spare.done()):
+            self.spare = self._open()
+
+    async def close(self) -> None:
+        self.is_closed = True
+        await self.channel.close()
+
+    def _open(self) -> _Call:
+        # To the worker it is the call of its proto, with one request; only here may it come later than the call.
+        method: grpc.aio.StreamStreamMultiCallable[prefill_pb2.PrefillRequest, prefill_pb2.PrefillEvent] = self.channel.stream_stream(
+            _METHOD,
+            request_serializer=prefill_pb2.PrefillRequest.SerializeToString,
+            response_deserializer=prefill_pb2.PrefillEvent.FromString,
+        )
+        return method()
+
+
+async def _send(call: _Call, request: prefill_pb2.PrefillRequest, worker_id: str) -> None:
+    """Raises PeerUnavailable when the worker does not take it, AioRpcError."""
+    try:
+        async with asyncio.timeout(SILENCE_S):
+            await call.write(request)
+            await call.done_writing()
+    except TimeoutError:
+        raise PeerUnavailable(f"{worker_id} has not taken the request within {SILENCE_S} s") from None
+    except (asyncio.InvalidStateError, grpc.aio.InternalError):  # the latter from the half-close alone, when the worker dies just then
+        raise PeerUnavailable(f"{worker_id} has ended the call") from None
+
+
+async def _read(call: _Call, worker_id: str) -> prefill_pb2.PrefillEvent | None:
+    """The next event; None at the end. Raises PeerUnavailable for silence, AioRpcError."""
+    try:
+        async with asyncio.timeout(SILENCE_S):  # which cancels the call: there is no reading on after it
+            event = await call.read()
+            return event if isinstance(event, prefill_pb2.PrefillEvent) else None
+    except TimeoutError:
+        raise PeerUnavailable(f"{worker_id} has said nothing for {SILENCE_S} s") from None
 
 
 async def _fence(transfer: IncomingTransfer) -> tuple[bool, asyncio.CancelledError | None]:

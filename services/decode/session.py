@@ -115,7 +115,8 @@ class RouterSession:
                 pass
             self._wake.clear()
             now = time.monotonic()
-            is_load_due = now - self._load_sent_at >= LOAD_INTERVAL_S
+            # A first token does not wait for it, on either side.
+            is_load_due = now - self._load_sent_at >= (HEARTBEAT_S / 2 if self._frame.has_first_tokens else LOAD_INTERVAL_S)
             if is_load_due:
                 self._load_sent_at = now
             if is_load_due or not self._frame.is_empty:
@@ -211,7 +212,9 @@ class RouterSession:
             elif not isinstance(event, PrefillProgress):
                 for request in list(self._by_handle.values()):
                     self._fail(request, event)
-        self._wake.set()
+        if not self._frame.is_empty:
+            # A load that has changed is not worth a frame that would compete with the call to a prefill worker.
+            self._wake.set()
         if self._frame.num_tokens > MAX_UNREAD_TOKENS and not self._is_cut_off:
             # Not where frames are made: that stands still in the write that the router does not take.
             self._is_cut_off = True

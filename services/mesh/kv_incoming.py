@@ -91,6 +91,10 @@ class IncomingTransfer:
         Raises ChecksumMismatch, TransferFenced, and PeerUnavailable when the connection that carries this transfer ended before.
         """
         await self._ended.wait()
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        """Raises what wait_landed() would if it is known already."""
         if self._error:
             raise self._error
 

@@ -3,7 +3,7 @@
     event loop                     lanes (threads: one for tcp, a few for shm)          listener (thread)
     open, send ─▶ pending ─▶ ready ─▶ push: the block leaves the pool
                                      frames: the peer is told              peer ─▶ OPENED, REFUSED, STOP, end of the connection
-    send returns ◀── when its last block has left the pool
+    send returns ◀── when its last block has left the pool and the peer was told
 
 Lanes take a short run of blocks of each ready transfer in turn, so that a short prompt does not wait for a long one. Whatever ends a
 transfer (its owner, a STOP, a broken connection) empties its queue, and then counts down the lanes that are inside one of its blocks: at
@@ -80,7 +80,8 @@ class StreamedTransfer:
         self.out: asyncio.Future[None] = loop.create_future()  # ended, and no lane inside
 
     async def send(self, blocks: Sequence[tuple[int, int]]) -> list[InlineBlock]:
-        """Sends (index in the transfer, own block id) pairs, each index once; returns an empty list when they have left the own pool.
+        """Sends (index in the transfer, own block id) pairs, each index once; returns an empty list when they have left the own pool and
+        the peer was told.
 
         Raises PeerUnavailable when the connection has ended, TransferFenced when either side has ended the transfer. Cancelling ends the
         transfer, but one of its blocks may still be on its way out: stop() waits for that.
@@ -217,11 +218,14 @@ class Connection:
         transfer.batches.clear()
         self._forget_if_out(transfer)
 
-    def _leave(self, transfer: StreamedTransfer, run: Sequence[_Block]) -> None:
+    def _leave(self, transfer: StreamedTransfer) -> None:
         """A lane is out of the blocks of a run."""
         self._num_inside -= 1
         transfer.num_inside -= 1
         self._forget_if_out(transfer)
+
+    def _count_sent(self, transfer: StreamedTransfer, run: Sequence[_Block]) -> None:
+        """The blocks of a run are out, and the peer knows."""
         for block in run:
             if block.batch not in transfer.batches:
                 continue
@@ -296,8 +300,11 @@ class Connection:
                 frames = self._channel.push(transfer.transfer_id, moves)
         finally:
             with self._changed:
-                self._leave(transfer, run)
+                self._leave(transfer)
+        # What waits for the blocks to be sent is woken after the peer, which has more to do with them.
         send_frames(self._channel.sock, frames)
+        with self._changed:
+            self._count_sent(transfer, run)
 
     def _run_listener(self) -> None:
         error = PeerUnavailable("the KV receiver closed the connection")

@@ -9,6 +9,7 @@ Knows nothing of what is served. Handlers raise errors of the tree (core/errors)
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
 import os
@@ -36,6 +37,7 @@ _REQUEST_ID = re.compile(r"[ -~]{1,128}")
 CLEANUP_S = 5.0
 
 _log = logging.getLogger(__name__)
+_Boundary = Callable[[Any], contextlib.AbstractAsyncContextManager[None]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,14 +133,17 @@ class MeshServer:
         drain_timeout_s: float = 30.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         handshake_timeout_s: float = 10.0,
+        returns_request_id: bool = True,
     ) -> None:
         """`register` adds the servicers; `services` are their full names, for health and reflection.
+
+        `returns_request_id`: each answer begins with it. Callers that have given it save the time that takes.
 
         Raises OSError when the address cannot be taken.
         """
         self._drain_timeout_s = drain_timeout_s
         self._services = services
-        self._interceptor = ErrorInterceptor()
+        self._interceptor = ErrorInterceptor(returns_request_id=returns_request_id)
         self._server = grpc.aio.server(
             interceptors=[self._interceptor],
             options=[
@@ -196,8 +201,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     calls   tasks of the calls whose handlers have not ended
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, returns_request_id: bool) -> None:
         self.calls: set[asyncio.Task[Any]] = set()
+        self._boundary = functools.partial(_boundary, returns_request_id=returns_request_id)
 
     async def intercept_service(
         self,
@@ -216,7 +222,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         behavior = getattr(handler, kind)
         answer = (_answer_stream if handler.response_streaming else _answer_once)(
             # A single request is decoded within the boundary: outside of it, the library tells the caller what its parser raised.
-            behavior if handler.request_streaming else lambda data, context: behavior(decode(data), context)
+            behavior if handler.request_streaming else lambda data, context: behavior(decode(data), context),
+            self._boundary,
         )
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(
@@ -234,18 +241,18 @@ def _decoder(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return decode
 
 
-def _answer_once(behavior: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+def _answer_once(behavior: Callable[[Any, Any], Awaitable[Any]], boundary: _Boundary) -> Callable[[Any, Any], Awaitable[Any]]:
     async def answer(request: Any, context: Any) -> Any:
-        async with _boundary(context):
+        async with boundary(context):
             return await behavior(request, context)
 
     return answer
 
 
-def _answer_stream(behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitable[None]]:
+def _answer_stream(behavior: Callable[[Any, Any], Any], boundary: _Boundary) -> Callable[[Any, Any], Awaitable[None]]:
     # Writes by itself instead of being iterated: a cancel then arrives here, and the handler's `finally` runs at once in its own task.
     async def answer(request: Any, context: Any) -> None:
-        async with _boundary(context):
+        async with boundary(context):
             responses = behavior(request, context)
             if inspect.iscoroutine(responses):
                 await responses  # the library's health.Watch writes by itself, too
@@ -273,16 +280,17 @@ async def _write(context: Any, response: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _boundary(context: Any) -> AsyncIterator[None]:
+async def _boundary(context: Any, *, returns_request_id: bool) -> AsyncIterator[None]:
     request_id = accept_request_id(context.invocation_metadata())
     logs.request_id.set(request_id)
     try:
-        await context.send_initial_metadata(((REQUEST_ID_METADATA, request_id),))
+        if returns_request_id:
+            await context.send_initial_metadata(((REQUEST_ID_METADATA, request_id),))
         yield
     except grpc.aio.AbortError:
         raise  # health and reflection abort by themselves
     except (Exception, BaseExceptionGroup) as error:
-        await context.abort_with_status(status.to_status(only_one(error), request_id))
+        await context.abort_with_status(status.to_status(only_one(error), logs.request_id.get()))
 
 
 def only_one(error: BaseException) -> BaseException:

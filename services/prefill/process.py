@@ -27,7 +27,13 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
             prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
 
         server = await stack.enter_async_context(
-            MeshServer(settings.listen, register, services=["baton.v1.PrefillService"], drain_timeout_s=settings.drain_timeout_s)
+            MeshServer(
+                settings.listen,
+                register,
+                services=["baton.v1.PrefillService"],
+                drain_timeout_s=settings.drain_timeout_s,
+                returns_request_id=False,
+            )
         )
         record = WorkerRecord(
             worker_id=worker.worker_id, epoch=worker.epoch, role="prefill", address=advertised(server.address, settings.advertise)

@@ -18,14 +18,17 @@ from services.core.errors import Draining, Incompatible, InvalidRequest
 from services.engine.events import PrefillProgress
 from services.engine.kv_groups import Place
 from services.engine.sequence import EngineRequest
-from services.mesh import convert, failpoints
+from services.mesh import convert, failpoints, logs
 from services.mesh.kv_transport import KVSender, OutgoingTransfer
+from services.mesh.server import REQUEST_ID_METADATA, accept_request_id
 from services.mesh.streams import HEARTBEAT_S, with_heartbeats
 from services.worker.runtime import Worker
 
 LOAD_INTERVAL_S = 0.05
 # How long a block may take that is on its way when the transfer ends.
 STOP_S = 1.0
+# Of the engine's thread, which needs the interpreter to begin, while its first step takes longer than what is to be done beside it.
+_HEAD_START_S = 0.001
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
@@ -38,6 +41,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._num_calls = 0
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Any) -> AsyncGenerator[prefill_pb2.PrefillEvent, None]:
+        # Not from metadata, which were sent before there was a request if the call was opened ahead.
+        logs.request_id.set(accept_request_id(((REQUEST_ID_METADATA, request.request_id),)))
         worker = self._worker
         if worker.draining:
             raise Draining(f"{worker.worker_id} is draining")
@@ -59,12 +64,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             raise InvalidRequest("token_ids", f"are {len(token_ids)}; the model takes {most} and a new one", limit=most)
         places = worker.groups.places(len(token_ids), request.grant.first_block)
         block_ids = _granted_blocks(request.grant, num_places=len(places))
-        endpoint = convert.endpoint_from_proto(request.grant.endpoint)
         async with contextlib.AsyncExitStack() as stack:
             # The engine begins while the transfer is agreed. Closed in this order: nothing reads the blocks any more, then the engine
             # gets them back.
             steps = await stack.enter_async_context(worker.engine.prefill(engine_request))
-            transfer = await self._sender.open(request.grant.transfer_id, endpoint, block_ids)
+            await asyncio.sleep(_HEAD_START_S)
+            transfer = await self._sender.open(request.grant.transfer_id, convert.endpoint_from_proto(request.grant.endpoint), block_ids)
             stack.push_async_callback(transfer.stop, STOP_S)
             await failpoints.reach("prefill.accepted", request.request_id)
             yield prefill_pb2.PrefillEvent(

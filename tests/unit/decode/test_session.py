@@ -320,6 +320,20 @@ def test_error_when_the_first_choice_has_ended_names_one_that_the_router_still_k
     asyncio.run(main())
 
 
+def test_frames_when_a_first_token_is_told_leave_the_load_to_a_later_one(tmp_path: Path) -> None:
+    async def main(bench: Bench) -> None:
+        async with contextlib.aclosing(bench.session.frames()) as frames:
+            assert (await anext(frames)).HasField("load")  # of an idle session
+            bench.start(max_tokens=200)
+            frame = await anext(frames)
+            assert frame.prefilled and not frame.HasField("load")
+            others = [await anext(frames) for _ in range(10)]
+            while not others[-1].HasField("load"):
+                others.append(await anext(frames))
+
+    run(tmp_path, main, Peers(outcome(5)))
+
+
 def test_router_when_it_does_not_read_is_cut_off() -> None:
     """The session's task stands in a write that nobody takes; a task of its group ends it."""
 

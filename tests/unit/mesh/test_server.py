@@ -189,6 +189,25 @@ def test_call_when_the_caller_names_the_request_uses_and_returns_that_name(reque
     assert logs.request_id.get() == ""
 
 
+def test_call_when_the_server_does_not_return_the_callers_name_names_it_in_logs_and_errors_all_the_same() -> None:
+    seen: list[str] = []
+
+    async def tokenize(request: Any, context: Any) -> pb.TokenizeResponse:
+        seen.append(logs.request_id.get())
+        logs.request_id.set("better known")  # by what the request says
+        raise KeyError("a bug")
+
+    async def main() -> None:
+        async with serving(tokenize=tokenize, returns_request_id=False) as (_, channel):
+            call = pb_grpc.InferenceServiceStub(channel).Tokenize(pb.TokenizeRequest(), metadata=(("x-request-id", "mine"),))
+            error = await caught(call)
+            assert not tuple(await call.initial_metadata())
+            assert error.details() == "internal error, request better known"
+
+    uvloop.run(main())
+    assert seen == ["mine"]
+
+
 @pytest.mark.parametrize("given", [None, "", "x" * 129, "a\tb"])
 def test_accept_request_id_when_there_is_none_that_can_be_used_makes_a_new_one(given: str | None) -> None:
     metadata = (("x-other", "r1"), *([("x-request-id", given)] if given is not None else []))
@@ -837,3 +856,21 @@ def test_process_when_logs_are_for_people_writes_plain_lines() -> None:
     with process(fails="yes", log_format="text") as child:
         _, text = child.communicate(timeout=60)
     assert " example INFO starting settings={'listen': '127.0.0.1:0'" in text.splitlines()[0]
+
+
+def test_grpc_when_baton_is_imported_knows_the_experiments_that_are_switched_off() -> None:
+    # A version that has done away with them says so, and they are to be taken out of services/__init__.py then.
+    code = """
+import asyncio
+import services.mesh.server
+import grpc
+async def main():
+    server = grpc.aio.server()
+    server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    await server.stop(0)
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "xperiment" not in done.stderr
+    assert "event_engine" in os.environ["GRPC_EXPERIMENTS"]
