@@ -18,7 +18,8 @@ import grpc
 import uvloop
 
 from loadtest.micro.figure import Figure
-from loadtest.micro.processes import START_TIMEOUT_S, Service, service, wait_for_workers
+from loadtest.micro.http_client import complete, request_body
+from loadtest.micro.processes import START_TIMEOUT_S, Service, free_port, service, wait_for_workers
 from protos.baton.v1 import common_pb2, decode_pb2, inference_pb2, inference_pb2_grpc
 from services.mesh import convert
 from services.mesh.child_process import bound_to_parent
@@ -26,6 +27,7 @@ from services.mesh.client import open_channel
 from services.router.decode_session import DecodeSession, RequestStream
 
 REQUESTS = 64
+MODEL = "tokens"
 FRAME_TOKENS = 4_000  # of each request, in frames
 STREAM_TOKENS = 400  # of each request, one by one
 PACED_TOKENS = 150
@@ -39,8 +41,10 @@ def measure(*, runs: int) -> tuple[list[Figure], dict[str, object]]:
 
 
 async def _measure(runs: int) -> list[Figure]:
-    frames, streams, cpu, bare_cpu, tokens_per_message = [], [], [], [], []
-    with _source(0) as fast, _source(PACE_MS) as paced, service("router", workers=f"decode={paced.address}") as router:
+    frames, streams, cpu, bare_cpu, http_cpu, tokens_per_message = [], [], [], [], [], []
+    http_address = f"127.0.0.1:{free_port()}"
+    settings = {"http_listen": http_address, "served_model_name": MODEL}
+    with _source(0) as fast, _source(PACE_MS) as paced, service("router", workers=f"decode={paced.address}", **settings) as router:
         await wait_for_workers(router.address, 1)
         for _ in range(runs):
             frames.append(await _through_frames(fast.address))
@@ -50,6 +54,7 @@ async def _measure(runs: int) -> list[Figure]:
             tokens_per_message.append(REQUESTS * PACED_TOKENS / messages)
             seconds, _ = await _cost(paced)
             bare_cpu.append(seconds / (REQUESTS * PACED_TOKENS) * 1e6)
+            http_cpu.append(await _http_cost(router, http_address) / (REQUESTS * PACED_TOKENS) * 1e6)
     return [
         Figure(
             name="decode → router in step frames",
@@ -67,6 +72,15 @@ async def _measure(runs: int) -> list[Figure]:
             runs=runs,
             reference=statistics.median(bare_cpu),
             reference_name="a server that only writes them",
+            target=60.0,
+            at_most=True,
+            on_ratio=False,
+        ),
+        Figure(
+            name="router's processor time per token to clients over HTTP",
+            value=statistics.median(http_cpu),
+            unit="µs",
+            runs=runs,
             target=60.0,
             at_most=True,
             on_ratio=False,
@@ -146,6 +160,16 @@ async def _cost(server: Service) -> tuple[float, int]:
         seconds = server.processor_s() - before
     assert sum(count for count, _ in results) == REQUESTS * PACED_TOKENS
     return seconds, sum(messages for _, messages in results)
+
+
+async def _http_cost(router: Service, address: str) -> float:
+    """Processor seconds of the router for 64 clients' event streams, each token an event of its own."""
+    body = request_body([300], PACED_TOKENS, model=MODEL)
+    before = router.processor_s()
+    replies = await asyncio.gather(*(complete(address, body) for _ in range(REQUESTS)))
+    seconds = router.processor_s() - before
+    assert all(reply.tokens == len(reply.token_times) == PACED_TOKENS for reply in replies), replies[0]
+    return seconds
 
 
 @contextlib.contextmanager
