@@ -13,7 +13,7 @@ from services.cli.demo import demo
 from services.cli.generate import generate
 from services.cli.top import top
 from services.cli.up import up
-from services.core.errors import BatonError, ConfigurationError, InvalidRequest
+from services.core.errors import BatonError, ConfigurationError, InvalidRequest, ResourceExhausted, Unavailable
 
 app = typer.Typer(name="baton", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (up, generate, top, demo):
@@ -46,5 +46,6 @@ def main() -> None:
 
 
 def _fail(error: BatonError, *, status: int) -> None:
-    print(f"error: {error.message}", file=sys.stderr)
+    retry = f"; try again in {error.retry_after_s:.3g} s" if isinstance(error, ResourceExhausted | Unavailable) else ""
+    print(f"error: {error.message}{retry}", file=sys.stderr)
     sys.exit(status)

@@ -90,8 +90,11 @@ def to_status(error: BaseException, request_id: str) -> Any:
     return rpc_status.to_status(status)
 
 
-def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> errors.BatonError:
-    """The error with which a call to `peer` ended, as one of the tree. Statuses that Baton did not make are told from their code."""
+def from_rpc_error(error: grpc.aio.AioRpcError | grpc.Call, peer: str) -> errors.BatonError:
+    """The error with which a call to `peer` ended, as one of the tree. Statuses that Baton did not make are told from their code.
+
+    A peer that dies can send no retry delay: its end is PeerUnavailable with the delay of that class.
+    """
     message = common_pb2.Error(code=error.code().value[0], message=error.details() or "")
     # Details that cannot be read are not Baton's; the code says enough.
     with contextlib.suppress(DecodeError):
@@ -115,7 +118,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> errors.BatonError:
     return errors.PeerUnavailable(f"{peer}: {error.code().name.lower().replace('_', ' ')}: {message.message}")
 
 
-def _details(error: grpc.aio.AioRpcError) -> Sequence[AnyMessage]:
+def _details(error: grpc.aio.AioRpcError | grpc.Call) -> Sequence[AnyMessage]:
     for name, value in error.trailing_metadata():
         if name == "grpc-status-details-bin" and isinstance(value, bytes):
             details: Sequence[AnyMessage] = status_pb2.Status.FromString(value).details

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.test_readme import ADDRESS, block
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
 ROOT = Path(__file__).parents[2]
@@ -215,6 +217,30 @@ def test_up_when_a_process_is_killed_starts_it_again_and_serves_as_before(mesh: 
         assert time.monotonic() < deadline, after.stderr
         after = mesh.generate(PROMPT)
     assert after.stdout == before
+
+
+def test_router_when_killed_ends_its_requests_with_when_to_try_again_and_its_successor_serves_at_once(mesh: Mesh) -> None:
+    before = mesh.completion(PROMPT)
+    serving = len(re.findall(r"router-0 +serving after", mesh.text()))
+    long = ("--temperature", "0", "--ignore-eos", "--max-tokens", "3000")
+    program = block("python", "Generate(").replace(ADDRESS, mesh.router).replace("max_tokens=32", "max_tokens=3000, ignore_eos=True")
+    outputs = [mesh.baton.folder / name for name in ("generate", "program")]
+    clients = [mesh.baton.start("generate", "--router", mesh.router, PROMPT, *long, output=outputs[0])]
+    with outputs[1].open("wb") as file:
+        clients.append(subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT))
+    try:
+        wait_for(lambda: all(output.stat().st_size > 20 for output in outputs), mesh.text)
+        os.kill(mesh.baton.pid_of("-m services.router"), signal.SIGKILL)
+        statuses = [client.wait(timeout=START_TIMEOUT_S) for client in clients]
+    finally:
+        for client in clients:
+            client.kill()
+    said, told = (output.read_text() for output in outputs)
+    assert statuses == [1, 0]
+    assert re.search(r"^error: \S+: unavailable: .*; try again in 1 s$", said, re.MULTILINE), said
+    assert re.search(r"UNAVAILABLE the router: unavailable: .* 1\.0$", told.rstrip()), told
+    mesh.wait_for(r"router-0 +serving after", times=serving + 1)
+    assert mesh.completion(PROMPT) == before
 
 
 def test_up_when_a_worker_cannot_start_shows_its_last_words_and_leaves_nothing(baton: Baton) -> None:

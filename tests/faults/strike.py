@@ -116,7 +116,7 @@ class Matrix:
             due = {Fault.CANCEL: grpc.StatusCode.CANCELLED, Fault.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED}.get(
                 cell.fault, grpc.StatusCode.UNAVAILABLE if router_is_lost else None
             )
-            if answer.code is due:
+            if answer.code is due and (answer.code is not grpc.StatusCode.UNAVAILABLE or answer.retry_after_s > 0):
                 outcome.ended += 1
             else:
                 outcome.lost += 1

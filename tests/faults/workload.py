@@ -11,7 +11,7 @@ import grpc
 
 from protos.baton.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from services.core.types import SamplingParams
-from services.mesh import convert
+from services.mesh import convert, status
 
 LOGPROB_TOLERANCE = 1e-4
 
@@ -37,6 +37,7 @@ class Answer:
     timing: inference_pb2.RequestTiming = field(default_factory=inference_pb2.RequestTiming)
     code: grpc.StatusCode | None = None
     details: str = ""
+    retry_after_s: float = 0.0  # what a client of Baton's makes of the error
 
 
 async def ask(
@@ -65,6 +66,7 @@ async def ask(
                 answer.usage, answer.timing = response.usage, response.timing
     except grpc.aio.AioRpcError as error:
         answer.code, answer.details = error.code(), error.details() or ""
+        answer.retry_after_s = getattr(status.from_rpc_error(error, "the router"), "retry_after_s", 0.0)
     finally:
         call.cancel()
     return answer

@@ -104,7 +104,7 @@ def test_generate_when_timing_is_wanted_prints_the_timeline_after_the_text() -> 
     ("error", "status", "words"),
     [
         (InvalidRequest("max_tokens", "5000 is more than 4096", limit=4096), 2, "error: max_tokens: 5000 is more than 4096\n"),
-        (Overloaded("no worker would be in time"), 1, "error: no worker would be in time\n"),
+        (Overloaded("no worker would be in time"), 1, "error: no worker would be in time; try again in 1 s\n"),
         (UnknownModel("model 'x' is not served here"), 1, "error: model 'x' is not served here\n"),
     ],
 )
@@ -116,13 +116,13 @@ def test_generate_when_the_mesh_refuses_says_why_in_one_line(error: InvalidReque
 def test_generate_when_the_call_fails_halfway_keeps_what_came_and_says_why() -> None:
     result = asyncio.run(ask(ScriptedRouter((piece("def ", 1), PeerUnavailable("decode-0 has gone"))), "x", "--max-tokens", "9"))
     assert (result.status, result.out) == (1, "def \n")
-    assert result.err.startswith("[1 new in ") and result.err.endswith("]\nerror: decode-0 has gone\n")
+    assert result.err.startswith("[1 new in ") and result.err.endswith("]\nerror: decode-0 has gone; try again in 1 s\n")
 
 
 def test_generate_when_the_stream_ends_before_its_end_is_an_error() -> None:
     result = asyncio.run(ask(ScriptedRouter((piece("def ", 1),)), "x", "--max-tokens", "9"))
     assert result.status == 1
-    assert result.err.endswith("the stream ended before the request did\n")
+    assert result.err.endswith("the stream ended before the request did; try again in 1 s\n")
 
 
 def test_generate_when_time_is_over_says_so() -> None:
@@ -139,7 +139,7 @@ def test_generate_when_no_router_listens_gives_the_address_and_a_hint() -> None:
         for arguments in (("x",), ("x", "--max-tokens", "1"), ("--token-ids", "1")):
             result = asyncio.run(baton("generate", *arguments, environment={**os.environ, "BATON_ROUTER": address}))
             assert (result.status, result.out) == (1, "")
-            assert result.err.startswith(f"error: {address}: ") and result.err.endswith("`baton up` starts one\n")
+            assert result.err.startswith(f"error: {address}: ") and result.err.endswith("`baton up` starts one; try again in 1 s\n")
             assert result.err.count("\n") == 1
 
 
