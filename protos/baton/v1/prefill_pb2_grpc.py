@@ -55,6 +55,7 @@ class PrefillServiceServicer(object):
         """Computes a prompt, moves its KV blocks into the caller's pool while it is computed, and samples the first token of every choice.
         Called by decode workers. Order: one `accepted`, then `progress` and, on the grpc transport, `block` events, then one `done`, which
         comes after the last block has been sent. At least every 0.5 s an event comes (a progress without news is a heartbeat).
+        The request may come later than the call: callers open one ahead, and it takes nothing here until then.
         Cancelling it frees everything here; bytes in flight are fenced on the data plane (services/mesh/kv_transport.py).
         Errors: FAILED_PRECONDITION (fingerprints differ), INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE, ABORTED (transfer fenced).
         """

@@ -74,7 +74,7 @@ def test_top_when_once_and_nobody_answers_fails_like_any_command() -> None:
         address = f"127.0.0.1:{closed.getsockname()[1]}"
         result = asyncio.run(baton("top", "--router", address, "--once"))
     assert (result.status, result.out) == (1, "")
-    assert result.err.startswith(f"error: {address}: ") and result.err.endswith("`baton up` starts one\n")
+    assert result.err.startswith(f"error: {address}: ") and result.err.endswith("`baton up` starts one; try again in 1 s\n")
 
 
 @pytest.mark.parametrize("interval", ["0.05", "61", "nan"])
