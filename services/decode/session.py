@@ -115,8 +115,9 @@ class RouterSession:
                 pass
             self._wake.clear()
             now = time.monotonic()
-            # A first token does not wait for it, on either side.
-            is_load_due = now - self._load_sent_at >= (HEARTBEAT_S / 2 if self._frame.has_first_tokens else LOAD_INTERVAL_S)
+            # Where it is all that there is to know, the first token of a request does not wait for it, on either side.
+            is_urgent = self._frame.has_first_tokens and len(self._by_handle) <= 1
+            is_load_due = now - self._load_sent_at >= (HEARTBEAT_S / 2 if is_urgent else LOAD_INTERVAL_S)
             if is_load_due:
                 self._load_sent_at = now
             if is_load_due or not self._frame.is_empty:

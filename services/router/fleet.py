@@ -203,7 +203,9 @@ class Fleet:
         self.model.note_overhead(now_s - item.dispatched_s - known_s, is_local=outcome.worker_id == item.route.decode_worker_id)
 
     def first_token(self, item: InFlight, now_s: float) -> None:
-        """The first token came: whoever had the prompt is rid of it."""
+        """The first token came: whoever had the prompt is rid of it, and the answer has so many steps to go as answers usually have."""
+        if item.decode is not None:
+            item.decode.request_decodes(item)
         worker, item.prefill = item.prefill, None
         if worker is not None:
             worker.prompt_computed(item, now_s)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.router.cost_model import CostModel
+from services.router.departures import Departures
 from services.router.policy_loops import (
     BLOCKS_AVAILABLE,
     BLOCKS_TOTAL,
@@ -89,6 +90,7 @@ class InFlight:
     left_s: float = 0.0  # predicted for what its worker had not computed of it by the last report
     beside_s: float = 0.0  # predicted for the prompts that its worker had when this one came
     sent_before_s: float = 0.0  # its worker's `sent_s` then
+    end_step: float | None = None  # of the decode worker, with which it is expected to end; None while its first token has not come
 
 
 @dataclass(slots=True, eq=False)
@@ -111,6 +113,9 @@ class TrackedWorker:
     requests: dict[InFlight, None] = field(default_factory=dict)  # sent by this router, not ended yet
     _free_at_s: float = -math.inf
     _others_s: float = 0.0  # of the reported backlog, what this router did not send
+    _departures: Departures = field(default_factory=Departures)
+    _num_own: int = 0  # choices of `requests`
+    _pace_s: float = 0.0  # of a step lately, with the prompts that rode along
     # As reported, and what has changed since.
     _num_requests: int = 0
     _max_num_seqs: int = 1
@@ -118,6 +123,7 @@ class TrackedWorker:
     _blocks_available: int = 0
     _requests_since: int = 0
     _blocks_since: int = 0
+    _engine_steps: int = 0
     _learnt: tuple[float, ...] | None = None  # time, engine_steps, step_s, prefill_tokens, decode_tokens when last learnt from
 
     @property
@@ -147,6 +153,7 @@ class TrackedWorker:
         self._max_num_seqs = max(1, load.max_num_seqs)
         self._blocks_total = load.blocks_total
         self._blocks_available = load.blocks_free + load.blocks_cached
+        self._engine_steps = load.engine_steps
         unseen = [item for item in self.requests if item.in_decode_reports_s > now_s]
         self._requests_since = sum(item.route.num_choices for item in unseen)
         self._blocks_since = -sum(item.route.decode_blocks for item in unseen)
@@ -191,11 +198,21 @@ class TrackedWorker:
 
     def send_request(self, item: InFlight) -> None:
         self.requests[item] = None
+        self._num_own += item.route.num_choices
         self._requests_since += item.route.num_choices
         self._blocks_since -= item.route.decode_blocks
 
+    def request_decodes(self, item: InFlight) -> None:
+        """Its first token has come."""
+        if item in self.requests and item.end_step is None:
+            item.end_step = self._engine_steps + item.route.predicted_output_tokens
+            self._departures.add(item.end_step, item.route.num_choices)
+
     def request_ended(self, item: InFlight) -> None:
         del self.requests[item]
+        if item.end_step is not None:
+            self._departures.remove(item.end_step, item.route.num_choices)
+        self._num_own -= item.route.num_choices
         self._requests_since -= item.route.num_choices
         self._blocks_since += item.route.decode_blocks
 
@@ -228,9 +245,11 @@ class TrackedWorker:
         tpot_s = slowness * step_s(with_it, used, total)
         few = 1.0 + 0.01 * total
         tpot_s_per_block = max(0.0, slowness * step_s(with_it, used + few, total) - tpot_s) / few
-        # All requests that run now will have ended after about this long: places and blocks come back at that rate.
-        residence_s = self.model.mean_output_tokens * tpot_s
-        columns[WAIT_S, row] = max(0, num_requests + 1 - self._max_num_seqs) * residence_s / max(1, running) + penalty_s
+        # All requests that run now will have ended after about this long: blocks come back at that rate.
+        pace_s = max(tpot_s, self._pace_s)
+        residence_s = self.model.mean_output_tokens * pace_s
+        missing_places = max(0, num_requests + 1 - self._max_num_seqs)
+        columns[WAIT_S, row] = pace_s * self._steps_until(missing_places) + penalty_s
         columns[NUM_RUNNING, row] = running
         columns[BLOCKS_AVAILABLE, row] = available
         columns[S_PER_MISSING_BLOCK, row] = residence_s / max(1, used)
@@ -239,6 +258,19 @@ class TrackedWorker:
         # A request's share in the step of the others is the average one, not the slope: slopes of fitted curves are not to be trusted.
         columns[TOKEN_COST_S, row] = 2.0 * tpot_s - slowness * step_s(0, 0, total)
         columns[TOKEN_COST_S_PER_BLOCK, row] = 2.0 * tpot_s_per_block
+
+    def _steps_until(self, places: int) -> float:
+        """From its last report on, until so many places have come free."""
+        if not places:
+            return 0.0
+        num_queued = places - 1
+        return self._departures.steps_until(
+            places,
+            step=self._engine_steps,
+            running=self._max_num_seqs,
+            beginning=max(0, self._num_own - len(self._departures) - num_queued),
+            lifetime=max(1.0, self.model.mean_output_tokens),
+        )
 
     def _set_backlog(self, load: LoadReport, now_s: float) -> None:
         """When the worker will have computed its prompts, by its own report.
@@ -273,6 +305,8 @@ class TrackedWorker:
             return
         self._learnt = now
         assert self.row is not None
+        if 0.0 <= step_s < math.inf:
+            self._pace_s += min(1.0, steps / STEPS_TO_LEARN) * (step_s / steps - self._pace_s)
         prefill_s = prefill_tokens * self.model.token_s * self.table.columns.item(PREFILL_FACTOR, self.row)
         if prefill_s > 0.5 * step_s:
             return  # what is left would be mostly the error of that estimate

@@ -14,7 +14,7 @@ from protos.baton.v1 import common_pb2, decode_pb2
 from services.core.errors import BatonError, EngineStopped, PeerUnavailable
 from services.core.types import FinishReason, SampledToken, SamplingParams, TokenEvent
 from services.decode.remote_prefill import PrefillClient, PrefillFailed, PrefillOutcome
-from services.decode.session import MAX_UNREAD_TOKENS, RouterSession
+from services.decode.session import LOAD_INTERVAL_S, MAX_UNREAD_TOKENS, RouterSession
 from services.engine.engine import Engine
 from services.engine.events import Event, Reserved
 from services.engine.kv_groups import KVGroups
@@ -332,6 +332,22 @@ def test_frames_when_a_first_token_is_told_leave_the_load_to_a_later_one(tmp_pat
                 others.append(await anext(frames))
 
     run(tmp_path, main, Peers(outcome(5)))
+
+
+def test_frames_when_other_requests_run_carry_the_load_beside_a_first_token(tmp_path: Path) -> None:
+    async def main(bench: Bench) -> None:
+        async with contextlib.aclosing(bench.session.frames()) as frames:
+            assert (await anext(frames)).HasField("load")
+            bench.start(max_tokens=200)
+            assert (await anext(frames)).prefilled
+            bench.start(max_tokens=200)
+            frame = decode_pb2.StepFrame()
+            while not frame.prefilled:
+                await asyncio.sleep(2 * LOAD_INTERVAL_S)
+                frame = await anext(frames)
+            assert frame.HasField("load")
+
+    run(tmp_path, main, Peers(outcome(5), outcome(5)))
 
 
 def test_router_when_it_does_not_read_is_cut_off() -> None:

@@ -21,6 +21,8 @@ from tests.unit.router.fleets import BLOCK_SIZE, LAYOUT, Load, make_fleet, route
 
 PROMPT = RouteRequest(prompt_tokens=2048, max_output_tokens=100)
 PROMPT_S = 5e-3 + 2048 * 50e-6  # in the declared model
+SHORT = RouteRequest(prompt_tokens=64, max_output_tokens=32)
+STEP_S = 10e-3  # in the declared model, in a pool that is next to empty
 
 
 def status(fleet: Fleet, worker_id: str, now_s: float = 0.0) -> WorkerStatus:
@@ -179,6 +181,74 @@ def test_decode_when_the_typical_answer_is_short_expects_places_back_sooner() ->
         fleet.finished(fleet.dispatched(route(fleet, PROMPT), 0.0), 0.0, output_tokens=4)
     assert route(fleet, PROMPT).decode_wait_s < 0.5 * before
     assert route(fleet, PROMPT).predicted_output_tokens < 100
+
+
+def full(*, engine_steps: int = 0, num_waiting: int = 0, prefill_tokens: int = 0, step_s: float = 0.0) -> Load:
+    """A report of a worker all four places of which are taken, in a huge pool."""
+    return Load(
+        num_running=4,
+        max_num_seqs=4,
+        num_waiting=num_waiting,
+        engine_steps=engine_steps,
+        decode_tokens=4 * engine_steps,
+        prefill_tokens=prefill_tokens,
+        step_s=step_s,
+        blocks_total=10**9,
+        blocks_free=10**9,
+    )
+
+
+def wait_steps(fleet: Fleet, now_s: float = 0.0) -> float:
+    """Until decode-0 has room for one more, in the steps of the declared model."""
+    return route(fleet, SHORT, now_s=now_s).decode_wait_s / STEP_S
+
+
+def test_decode_when_its_requests_began_together_has_room_when_they_end_and_not_before() -> None:
+    fleet = make_fleet(decode=1)
+    items = [fleet.dispatched(route(fleet, SHORT), 0.0) for _ in range(4)]
+    lifetime = fleet.model.mean_output_tokens
+    fleet.report("decode-0", full(engine_steps=100), 1.0)
+    assert wait_steps(fleet, 1.0) == pytest.approx(lifetime, rel=1e-3)  # none has a token yet
+    for item in items:
+        fleet.first_token(item, 1.0)
+    for steps in (0, 12, 31):
+        fleet.report("decode-0", full(engine_steps=100 + steps), 1.0)
+        assert wait_steps(fleet, 1.0) == pytest.approx(32 - steps, rel=1e-3)
+    queued = [fleet.dispatched(route(fleet, SHORT, now_s=1.0), 1.0) for _ in range(3)]
+    assert wait_steps(fleet, 1.0) == pytest.approx(1, rel=1e-3)  # the fourth place comes free with the first
+    queued.append(fleet.dispatched(route(fleet, SHORT, now_s=1.0), 1.0))
+    assert wait_steps(fleet, 1.0) == pytest.approx(lifetime + 1, rel=1e-3)  # taken by one that waits, and free once more
+    fleet.failed(queued.pop(), 1.0)
+    fleet.failed(items.pop(), 1.0)
+    assert wait_steps(fleet, 1.0) == pytest.approx(1, rel=1e-3)
+    for item in (*queued, *items):
+        fleet.failed(item, 1.0)
+    fleet.report("decode-0", full(engine_steps=200), 1.2)
+    assert wait_steps(fleet, 1.2) == pytest.approx(lifetime / 4, rel=1e-3)  # nothing of them is left
+
+
+def test_decode_when_others_sent_its_requests_has_room_at_their_usual_rate() -> None:
+    fleet = make_fleet(decode=1)
+    fleet.report("decode-0", full(num_waiting=2), 0.0)
+    assert wait_steps(fleet) == pytest.approx(fleet.model.mean_output_tokens * 3 / 4, rel=1e-3)
+
+
+def test_decode_when_prompts_ride_along_has_room_as_late_as_they_make_it() -> None:
+    fleet = make_fleet(decode=1)
+    fleet.report("decode-0", full(), 0.0)
+    before = wait_steps(fleet)
+    for i in range(1, 4):
+        fleet.report("decode-0", full(engine_steps=20 * i, prefill_tokens=10**5 * i, step_s=20 * 5 * STEP_S * i), float(i))
+    assert wait_steps(fleet, 3.0) == pytest.approx(5 * before, rel=1e-3)
+    assert route(fleet, SHORT, now_s=3.0).predicted_tpot_s == pytest.approx(STEP_S, rel=1e-3)
+
+
+def test_decode_after_one_long_step_is_not_thought_slow() -> None:
+    fleet = make_fleet(decode=1)
+    fleet.report("decode-0", full(), 0.0)
+    before = wait_steps(fleet)
+    fleet.report("decode-0", full(engine_steps=1, prefill_tokens=10**6, step_s=15 * STEP_S), 1.0)
+    assert wait_steps(fleet, 1.0) == before
 
 
 # Who can be chosen
