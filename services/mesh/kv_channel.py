@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from services.mesh import failpoints
+from services.mesh.kv_copy import copy_past_caches
 from services.mesh.kv_memory import KVMemory, PeerMemory
 from services.mesh.kv_wire import Frame, FrameKind, block_checksum, recv_whole, send_whole
 
@@ -120,16 +121,19 @@ class ShmSendingHalf:
         self._checksum = checksum
 
     def push(self, transfer_id: bytes, run: Sequence[Move]) -> Sequence[Frame]:
-        frames = []
+        frames, moves = [], []
         for block_index, source_id, target_id in run:
-            block = self._memory.block(source_id)
+            source, target = self._memory.map.place(source_id), self._peer_memory.map.place(target_id)
+            block = self._memory.buffer[source]
             frames.append(_block_frame(transfer_id, block_index, block, checksum=self._checksum))
+            if target.stop - target.start != len(block):
+                raise ConnectionAbortedError(f"the peer granted {target.stop - target.start} bytes for a block of {len(block)}")
             data = failpoints.on_wire("kv.shm_block", block)
-            target = self._peer_memory.block(target_id)
-            if len(target) != len(block):
-                raise ConnectionAbortedError(f"the peer granted {len(target)} bytes for a block of {len(block)}")
-            # NumPy's copy gives the GIL away like ctypes.memmove, is as fast, and knows where the pools end.
-            np.copyto(target[: len(data)], data)
+            if data is block:
+                moves.append((target.start, source.start, len(block)))
+            else:
+                np.copyto(self._peer_memory.block(target_id)[: len(data)], data)
+        copy_past_caches(self._peer_memory.pool, np.frombuffer(self._memory.buffer, np.uint8), moves)
         return frames
 
     def warm_up(self) -> Iterable[object]:

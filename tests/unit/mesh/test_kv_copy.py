@@ -1,0 +1,53 @@
+"""Copies past the caches: the right bytes, and none beside them."""
+
+import mmap
+import platform
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.mesh import kv_copy
+from services.mesh.kv_copy import copy_past_caches
+
+POOL_BYTES = 4096
+
+
+def pools(offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """Zeros, `offset` bytes from a page's start, and random bytes."""
+    target = np.frombuffer(mmap.mmap(-1, 2 * POOL_BYTES), np.uint8)[offset : offset + POOL_BYTES]
+    source = np.random.default_rng(0).integers(1, 256, POOL_BYTES, dtype=np.uint8)
+    return target, source
+
+
+@given(
+    offset=st.sampled_from([0, 1, 16, 64]),
+    moves=st.lists(
+        st.tuples(st.integers(0, 7).map(lambda slot: 512 * slot), st.integers(0, 3584), st.sampled_from([0, 1, 63, 64, 65, 128, 512])),
+        unique_by=lambda move: move[0],
+    ),
+)
+def test_moves_copy_their_bytes_and_no_others(offset: int, moves: list[tuple[int, int, int]]) -> None:
+    target, source = pools(offset)
+    expected = np.zeros(POOL_BYTES, np.uint8)
+    for to, at, size in moves:
+        expected[to : to + size] = source[at : at + size]
+    copy_past_caches(target, source, moves)
+    assert (target == expected).all()
+
+
+@pytest.mark.parametrize("move", [(-64, 0, 64), (0, -64, 64), (POOL_BYTES - 63, 0, 64), (0, POOL_BYTES - 63, 64), (0, 0, -64)])
+def test_moves_out_of_a_pool_are_refused(move: tuple[int, int, int]) -> None:
+    target, source = pools(0)
+    with pytest.raises(ValueError, match="bytes from"):
+        copy_past_caches(target, source, [move])
+    assert not target.any()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86's instructions")
+def test_stores_go_past_the_caches() -> None:
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=llvm.get_host_cpu_name(), opt=2)
+    assembly = machine.emit_assembly(llvm.parse_assembly(kv_copy._COPY))
+    assert "movnt" in assembly and "movnt" not in machine.emit_assembly(llvm.parse_assembly(kv_copy._COPY.replace(", !nontemporal !0", "")))
