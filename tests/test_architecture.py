@@ -22,7 +22,7 @@ def test_core_when_no_package_is_installed_can_be_imported() -> None:
         (["services.router.process"], ["torch", "transformers"]),
         (
             ["services.cli.app", "services.tokenizer.tokenizer", "services.kv_index.service", "services.mesh.kv_transport"],
-            ["torch", "transformers", "numba"],
+            ["torch", "transformers", "numba", "llvmlite"],
         ),
     ],
 )

@@ -115,7 +115,7 @@ class RouterSession:
                 pass
             self._wake.clear()
             now = time.monotonic()
-            # Where it is all that there is to know, the first token of a request does not wait for it, on either side.
+            # The first token of a request that is alone does not wait, on either side, for a load that says no more than that.
             is_urgent = self._frame.has_first_tokens and len(self._by_handle) <= 1
             is_load_due = now - self._load_sent_at >= (HEARTBEAT_S / 2 if is_urgent else LOAD_INTERVAL_S)
             if is_load_due:

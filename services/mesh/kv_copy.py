@@ -1,22 +1,28 @@
-"""Copies blocks between pools past the caches: no one reads them soon from where they are copied.
+"""Copies blocks into another process's pool past the caches of this one's core.
 
 An ordinary store first reads the line that it overwrites, a third of all that a copy moves. The C library knows that, too, but only for
-copies of several MiB: on an AMD EPYC it copies blocks of 256 KiB at 9 GB/s, a single one of 512 MiB at 16, and this both at 16.
-Neither NumPy nor PyTorch offers it, hence a few lines for LLVM, which Numba brings along.
+copies of many MiB: on an AMD EPYC it copies blocks of 256 KiB at 9 GB/s, 512 MiB at once at 16, and this does either at 16. Neither
+NumPy nor PyTorch offers it, hence a few lines for LLVM, which Numba brings along.
 """
 
 import ctypes
+import functools
+import platform
 from collections.abc import Sequence
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
 
 _LINE = 64  # bytes: a cache line of x86, and of most ARM
 
-_COPY = """
-define void @copy(ptr %target, ptr %source, ptr %moves, i64 %num_moves) {
+_DECLARATION, _FENCE = "", "fence seq_cst"
+if platform.machine() == "x86_64":  # where these stores are ordered by an instruction of their own
+    _DECLARATION, _FENCE = "declare void @llvm.x86.sse.sfence()", "call void @llvm.x86.sse.sfence()"
+
+_COPY = f"""
+{_DECLARATION}
+define void @copy(ptr %target, ptr %source, ptr %moves, i64 %num_moves) {{
 entry:
   br label %move
 move:
@@ -34,9 +40,9 @@ line:
   %at = phi i64 [ 0, %move ], [ %next_at, %line ]
   %to_line = getelementptr i8, ptr %to, i64 %at
   %from_line = getelementptr i8, ptr %from, i64 %at
-  %bytes = load <64 x i8>, ptr %from_line, align 1
-  store <64 x i8> %bytes, ptr %to_line, align 64, !nontemporal !0
-  %next_at = add i64 %at, 64
+  %bytes = load <{_LINE} x i8>, ptr %from_line, align 1
+  store <{_LINE} x i8> %bytes, ptr %to_line, align {_LINE}, !nontemporal !0
+  %next_at = add i64 %at, {_LINE}
   %has_more = icmp ult i64 %next_at, %size
   br i1 %has_more, label %line, label %moved
 moved:
@@ -44,10 +50,10 @@ moved:
   %has_moves = icmp ult i64 %next_m, %num_moves
   br i1 %has_moves, label %move, label %done
 done:
-  fence seq_cst ; such stores are ordered by nothing else
+  {_FENCE}
   ret void
-}
-!0 = !{ i32 1 }
+}}
+!0 = !{{ i32 1 }}
 """
 
 
@@ -55,8 +61,8 @@ def copy_past_caches(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8
     """Copies between two pools, [bytes] each, for each move (first byte in `target`, first byte in `source`, number of bytes). No two
     may write the same bytes.
 
-    They are there, for all threads and processes, when it returns. Gives the GIL away, once for all moves. Raises ValueError for what is
-    outside of a pool.
+    They are there, for all threads and processes, when it returns. Gives the GIL away once for all moves of whole lines, as those of blocks
+    are with few exceptions. Raises ValueError for what is outside of a pool.
     """
     target_address, source_address = (pool.__array_interface__["data"][0] for pool in (target, source))
     whole_lines = []
@@ -69,18 +75,31 @@ def copy_past_caches(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8
             np.copyto(target[to : to + size], source[at : at + size])
     if whole_lines:
         rows = np.array(whole_lines, np.int64)
-        _copy(target_address, source_address, rows.__array_interface__["data"][0], len(rows))
+        compiled().copy(target_address, source_address, rows.__array_interface__["data"][0], len(rows))
 
 
-def _compile() -> tuple[Any, Any]:
-    """The function, and what must live as long as it does."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(cpu=llvm.get_host_cpu_name(), opt=2)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(_COPY), machine)
-    engine.finalize_object()
-    function_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-    return function_type(engine.get_function_address("copy")), engine
+@functools.cache
+def compiled() -> "_Compiled":
+    """Takes 50 ms the first time: whoever will copy calls it before."""
+    return _Compiled()
 
 
-_copy, _engine = _compile()  # 10 ms
+class _Compiled:
+    """Machine code for this processor; `assembly` for people and tests."""
+
+    def __init__(self) -> None:
+        import llvmlite.binding as llvm  # not where nothing is copied
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(),
+            features=llvm.get_host_cpu_features().flatten(),  # a virtual machine may lack some of those that its processor has
+            opt=2,
+        )
+        module = llvm.parse_assembly(_COPY)
+        self.assembly: str = machine.emit_assembly(module)
+        self._engine = llvm.create_mcjit_compiler(module, machine)  # owns the code
+        self._engine.finalize_object()
+        function_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+        self.copy: Any = function_type(self._engine.get_function_address("copy"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 from services.core.errors import Incompatible, InvalidRequest, PeerUnavailable
+from services.mesh import kv_copy
 from services.mesh.client import is_address
 from services.mesh.kv_channel import SendingHalf, ShmSendingHalf, TcpSendingHalf
 from services.mesh.kv_memory import KVMemory, PeerMemory, read_host_id
@@ -74,11 +75,13 @@ class KVSender:
         checksum: bool = True,
         copy_threads: int = 2,
     ) -> None:
-        """`copy_threads` is per shm connection: one core copies at half the rate that memory has.
+        """`copy_threads` is per shm connection: while one of them copies, another one hashes, or tells of what it has copied.
 
         Without `checksum` nothing is checked: for measurements.
         """
         assert set(transports) <= set(TRANSPORTS), transports
+        if "shm" in transports:
+            kv_copy.compiled()
         self._memory = memory
         self._transports = tuple(transports)
         self._block_sizes = [region.block_bytes for region in memory.map.regions]

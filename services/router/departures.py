@@ -33,20 +33,27 @@ class Departures:
         places      1 …; those that are taken again meanwhile come free anew
         running     sequences that hold a place, >= 1
         beginning   of these, those that have still to be given all their tokens
-        lifetime    steps that a sequence is expected to run, > 0. Of those whose beginning was not seen, and of those that go on beyond
-                    their expected end, the ends lie evenly within it
+        lifetime    steps that a sequence is expected to run, > 0. Of those whose beginning was not seen the ends lie evenly within it
+
+        A sequence that is beyond its expected end is taken to go on for as long as it has been: the end was missed by a step or two, or
+        little is known of it.
         """
         rounds, places = divmod(places - 1, running)
-        places += 1
-        ends = self._ends
-        first = bisect_left(ends, step)
-        rate = max(0, running - beginning - (len(ends) - first)) / lifetime  # of the ends that nothing is known of
+        rate = max(0, running - beginning - len(self._ends)) / lifetime  # of the ends that nothing is known of
+        return rounds * lifetime + min(lifetime, self._steps_until(places + 1, step, rate))
 
-        # The first expected end by which there have been enough; if there is none they are more than all that is expected.
-        index = bisect_left(range(len(ends)), float(places), lo=first, key=lambda i: i + 1 - first + rate * (ends[i] - step))
-        steps = (places - (index - first)) / rate if rate else math.inf
-        if index < len(ends):
-            steps = min(steps, ends[index] - step)
-        if beginning:
-            steps = min(steps, lifetime)
-        return rounds * lifetime + steps
+    def _steps_until(self, places: int, step: float, rate: float) -> float:
+        ends = self._ends
+        after = bisect_left(ends, step)
+        before, num_ended = after - 1, 0
+        while True:
+            # The next to end, of those before and after their expected end.
+            overdue = step - ends[before] if before >= 0 else math.inf
+            due = ends[after] - step if after < len(ends) else math.inf
+            steps = min(overdue, due)
+            if num_ended + rate * steps >= places or steps == math.inf:
+                return (places - num_ended) / rate if rate else math.inf
+            num_ended += 1
+            if num_ended + rate * steps >= places:
+                return steps
+            before, after = (before - 1, after) if overdue < due else (before, after + 1)

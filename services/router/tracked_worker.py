@@ -114,7 +114,7 @@ class TrackedWorker:
     _free_at_s: float = -math.inf
     _others_s: float = 0.0  # of the reported backlog, what this router did not send
     _departures: Departures = field(default_factory=Departures)
-    _num_own: int = 0  # choices of `requests`
+    _num_own: int = 0  # choices of `requests`; taken to end together
     _pace_s: float = 0.0  # of a step lately, with the prompts that rode along
     # As reported, and what has changed since.
     _num_requests: int = 0
@@ -306,7 +306,7 @@ class TrackedWorker:
         self._learnt = now
         assert self.row is not None
         if 0.0 <= step_s < math.inf:
-            self._pace_s += min(1.0, steps / STEPS_TO_LEARN) * (step_s / steps - self._pace_s)
+            self._pace_s += min(0.5, steps / STEPS_TO_LEARN) * (step_s / steps - self._pace_s)
         prefill_s = prefill_tokens * self.model.token_s * self.table.columns.item(PREFILL_FACTOR, self.row)
         if prefill_s > 0.5 * step_s:
             return  # what is left would be mostly the error of that estimate

@@ -237,10 +237,10 @@ def test_decode_when_prompts_ride_along_has_room_as_late_as_they_make_it() -> No
     fleet = make_fleet(decode=1)
     fleet.report("decode-0", full(), 0.0)
     before = wait_steps(fleet)
-    for i in range(1, 4):
+    for i in range(1, 16):
         fleet.report("decode-0", full(engine_steps=20 * i, prefill_tokens=10**5 * i, step_s=20 * 5 * STEP_S * i), float(i))
-    assert wait_steps(fleet, 3.0) == pytest.approx(5 * before, rel=1e-3)
-    assert route(fleet, SHORT, now_s=3.0).predicted_tpot_s == pytest.approx(STEP_S, rel=1e-3)
+    assert wait_steps(fleet, 15.0) == pytest.approx(5 * before, rel=1e-3)
+    assert route(fleet, SHORT, now_s=15.0).predicted_tpot_s == pytest.approx(STEP_S, rel=1e-3)
 
 
 def test_decode_after_one_long_step_is_not_thought_slow() -> None:
