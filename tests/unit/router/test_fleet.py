@@ -233,6 +233,17 @@ def test_decode_when_others_sent_its_requests_has_room_at_their_usual_rate() -> 
     assert wait_steps(fleet) == pytest.approx(fleet.model.mean_output_tokens * 3 / 4, rel=1e-3)
 
 
+def test_decode_when_requests_wait_behind_those_of_others_does_not_take_them_for_those_that_run() -> None:
+    fleet = make_fleet(decode=1)
+    for _ in range(2):
+        fleet.first_token(fleet.dispatched(route(fleet, SHORT), 0.0), 0.0)
+    fleet.report("decode-0", full(), 1.0)
+    for _ in range(2):
+        fleet.dispatched(route(fleet, SHORT, now_s=1.0), 1.0)
+    # The third place: the own two end after 32 steps, of the others' two one by half a lifetime.
+    assert wait_steps(fleet, 1.0) == pytest.approx(fleet.model.mean_output_tokens / 2, rel=1e-3)
+
+
 def test_decode_when_prompts_ride_along_has_room_as_late_as_they_make_it() -> None:
     fleet = make_fleet(decode=1)
     fleet.report("decode-0", full(), 0.0)
