@@ -1,15 +1,21 @@
 """Copies past the caches: the right bytes, and none beside them."""
 
 import mmap
+import os
 import platform
+import socket
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.mesh import kv_copy
+from services.mesh import failpoints, kv_copy
+from services.mesh.kv_channel import Move, ShmSendingHalf
 from services.mesh.kv_copy import copy_past_caches
+from services.mesh.kv_memory import KVMemory, PeerMemory
+from services.mesh.kv_wire import block_checksum
 
 POOL_BYTES = 4096
 
@@ -49,3 +55,18 @@ def test_moves_out_of_a_pool_are_refused(move: tuple[int, int, int]) -> None:
 def test_stores_go_past_the_caches_and_are_fenced() -> None:
     instructions = kv_copy.compiled().assembly
     assert "movnt" in instructions and "sfence" in instructions
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shares memory by memfd")
+def test_block_that_a_failpoint_damages_arrives_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    with KVMemory([(2, 4096)]) as own, KVMemory([(2, 4096)]) as other, socket.socket() as sock:
+        own.block(0)[:] = own.block(1)[:] = bytes([1]) * 4096
+        assert other.fd is not None
+        peer = PeerMemory(os.dup(other.fd), other.map.regions)
+        damaged = iter([memoryview(bytes([2]) * 4096), None])
+        monkeypatch.setattr(failpoints, "on_wire", lambda _, block: next(damaged) or block)
+        half = ShmSendingHalf(sock, own, peer, checksum=True)
+        frames = half.push(bytes(16), [Move(0, 0, 1), Move(1, 1, 0)])
+        arrived = [block_checksum(other.block(target)) == frame.checksum for frame, target in zip(frames, (1, 0), strict=True)]
+        half.close()
+    assert arrived == [False, True]
